@@ -1,0 +1,2 @@
+"""avnb: learning what sounds look like."""
+__version__ = "0.0.1"
