@@ -1,0 +1,59 @@
+# Two commands do everything on a bare Debian or Ubuntu (once: apt install make python3-venv): `make demo` and `make test`.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PY  ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# once the environment stands, nothing waits for a network that is not there
+export HF_HUB_OFFLINE := 1
+export WANDB_SILENT := true
+export PIP_PROGRESS_BAR := off
+# run notebooks at their defaults are the real thing: pytest runs each by papermill with `-p quick True`
+RUNS := ^([_.]|train|infer|probe|dub|bench|study_|browse_)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test gate quick soak lab readme clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+env: .venv/made ## .venv with avnb, the extra dev, and the versions of constraints.txt
+
+.venv/made: pyproject.toml constraints.txt
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "avnb needs Python 3.11 or newer; try: make env PY=python3.11")'
+	@$(PY) -m venv .venv || { echo "Python lacks its venv module: apt install python3-venv"; exit 1; }
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: ## all set up, and the main job on the embedded corpus: train, measure, point at what sounds
+	@t0=$$(date +%s); $(MAKE) --no-print-directory env; t1=$$(date +%s); mkdir -p data/runs/grounding; \
+	$(BIN)/papermill --no-log-output nbs/train.ipynb data/runs/grounding/train.ipynb -p variant grounding -p name grounding; t2=$$(date +%s); \
+	$(BIN)/papermill --no-log-output nbs/infer.ipynb data/runs/grounding/infer.ipynb -p checkpoint data/runs/grounding; t3=$$(date +%s); \
+	echo "seconds: environment $$((t1-t0)), corpus and training and test $$((t2-t1)), heat-map video $$((t3-t2)), in all $$((t3-t0))"; \
+	echo "Open data/runs/grounding/train.ipynb (make lab), and play data/runs/grounding/heat/*.mp4."
+
+gate: env
+	@$(BIN)/python tests/gate.py
+	$(BIN)/nbdev-test --n-workers 2 --skip-file-re '$(RUNS)'
+	$(BIN)/ruff check avnb tests
+
+test: env ## all set up, and everything checked: clean + export change nothing, notebooks run, pytest, ruff (15 minutes at most)
+	@$(MAKE) --no-print-directory gate
+	$(BIN)/python -m pytest -m "not soak" tests
+
+quick: env ## the quick tests, under 2 minutes
+	$(BIN)/python -m pytest -m quick tests
+
+soak: env ## the long forms
+	$(BIN)/python -m pytest -m soak tests
+
+lab: env ## JupyterLab on this folder
+	$(BIN)/jupyter lab
+
+readme: env ## README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --to markdown --log-level ERROR --output-dir . --output README nbs/index.ipynb
+
+clean: ## clear what tools left; corpora and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
