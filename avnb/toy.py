@@ -20,9 +20,9 @@ from .shapes import BACKGROUNDS, SILENT, SOUNDING, background, random_look, stam
 from .synths import AMBIENCES, SYNTH_HZ, ambience, play
 from .voices import NAMED, SEEN, UNSEEN, WORDS, bank
 
-# %% ../nbs/10_toy.ipynb #913a6c0a
+# %% ../nbs/10_toy.ipynb #45b7d59e
 FPS, SIZE = 25, 112
-KINDS = {"scenes": 2., "loc": 1., "ret": 1., "speech": 1., "isolated": 1.}  # seconds a shot lasts
+KINDS = {"scenes": 2., "loc": 1., "ret": 1., "muted": 1., "speech": 1., "isolated": 1.}  # seconds a shot lasts
 
 def _cast(g, kind:str, pair):
     "Which classes are in the picture and which of them sound: [(class, sounding), ...], and the background."
@@ -46,7 +46,7 @@ def _places(g, n:int, radii):
         if min(gaps, default=1) > 0: break
     return at
 
-# %% ../nbs/10_toy.ipynb #43751e40
+# %% ../nbs/10_toy.ipynb #36953107
 def _slot(g, kind:str, cast):
     "Which objects play in one second, and which object (index) the narrator names."
     sounding = [k for k, (_, s) in enumerate(cast) if s]
@@ -62,7 +62,7 @@ def _shot(g, kind:str, start_s:float, pair=None):
     places = _places(g, len(cast), [look.radius for look in looks])
     moves = [dict(at=at.tolist(), drift=g.normal(0, 3, 2).tolist(), sway=g.uniform(0, 2.5, 2).tolist(), beat=float(g.uniform(.3, 1.2)),
                   phase=float(g.uniform(0, 6)), wobble=float(g.uniform(0, .12))) for at in places]
-    place_heard = g.random() < (1. if kind == "ret" else .5 if kind == "scenes" else 0.)
+    place_heard = g.random() < (1. if kind == "ret" else .25 if kind == "scenes" else 0.)
     slots = [_slot(g, kind, cast) for _ in range(int(KINDS[kind]))]
     return dict(start_s=start_s, end_s=start_s + KINDS[kind], background=ground, ambience=AMBIENCES[ground] if place_heard else None,
                 cast=cast, looks=looks, moves=moves, slots=slots)
@@ -75,6 +75,7 @@ def plan(
 )->list:            # shots
     "What will happen in one video; every number comes from (seed, kind, i)."
     if kind not in KINDS: raise ValueError(f"toy kind {kind!r} is unknown; {nearest(kind, KINDS)}")
+    if kind == "muted": return [shot | {"ambience": None} for shot in plan("ret", i, seed, dur_s)]
     n, g = int(dur_s // KINDS[kind]), rng("toy", seed, kind, i)
     pairs = [None] * n
     if kind == "ret":
