@@ -6,8 +6,8 @@
 __all__ = ['build_model', 'rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'prune', 'best_step',
            'load_run']
 
-# %% ../nbs/41_checkpoints.ipynb #47ab833f
-import json, os, random, shutil
+# %% ../nbs/41_checkpoints.ipynb #60527a18
+import os, random, shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 
 from .core import FORMAT, read_json, sync_folder, write_atomic, write_json
 from .encoders import audio_encoder, image_encoder
-from .losses import SIMILARITIES
 from .models import DenseAligner, from_pretrained
 from .recipes import Recipe, from_dict
 

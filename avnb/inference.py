@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['window_starts', 'embed_sound', 'embed_frames', 'Heat', 'heat_map', 'heat_videos']
 
-# %% ../nbs/50_inference.ipynb #275d7152
+# %% ../nbs/50_inference.ipynb #6f72c32a
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
@@ -111,23 +110,24 @@ def heat_map(
     heard = audible_tokens(sound[None], torch.ones(1, len(audio), dtype=torch.bool))[0]
     return Heat(Path(path), heat.cpu(), seen, times - start_s, sound, heard)
 
-# %% ../nbs/50_inference.ipynb #d372b194
+# %% ../nbs/50_inference.ipynb #15cdf5eb
 def heat_videos(
     model,                    # DenseAligner, or a run folder
     input_dir:str|Path,       # clips, at any depth
-    output_dir:str|Path,      # gets `<same path>.mp4`
+    output_dir:str|Path,      # gets a video a clip, under the clip's path (`a.mp4`, `b.avi.mp4`)
     fps:float=25,             # pictures a second
     **how,                    # track, start_s, dur_s, window_s of `heat_map`
-)->tuple:                     # videos written or found, [(path, reason), ...] of files left out
+)->tuple:                     # {clip: video written or found}, [(path, reason), ...] of files left out
     "Heat-map videos of a folder; FileNotFoundError if it holds no video."
-    input_dir, output_dir, done, broken = Path(input_dir), Path(output_dir), [], []
+    input_dir, output_dir, done, broken = Path(input_dir), Path(output_dir), {}, []
     paths = find_media(input_dir, VIDEO_SUFFIXES) if input_dir.is_dir() else [input_dir]
     if not paths: raise FileNotFoundError(f"{input_dir} holds no video ({', '.join(sorted(VIDEO_SUFFIXES))}).")
-    for path in tqdm(paths, "heat videos", unit="file"):
-        out = output_dir / (path.relative_to(input_dir) if input_dir.is_dir() else Path(path.name)).with_suffix(".mp4")
-        if out.exists(): done.append(out); continue
+    for path in tqdm(paths, "heat videos", unit="file", delay=5):
+        name = path.relative_to(input_dir) if input_dir.is_dir() else Path(path.name)
+        out = output_dir / (name if name.suffix == ".mp4" else name.with_name(name.name + ".mp4"))
+        if out.exists(): done[path] = out; continue
         try: h = heat_map(model, path, **how)
         except (ValueError, OSError) as e: broken.append((str(path), str(e))); continue
         out.parent.mkdir(parents=True, exist_ok=True)
-        done.append(heat_video(h.frames, h.heat, h.sound, out, fps=fps, frame_times=h.frame_times))
+        done[path] = heat_video(h.frames, h.heat, h.sound, out, fps=fps, frame_times=h.frame_times)
     return done, broken

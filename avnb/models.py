@@ -6,7 +6,7 @@
 __all__ = ['HEADS', 'Linear', 'Centred', 'DenseAligner', 'token_loudness', 'audible_tokens', 'clip_heat', 'save_pretrained',
            'from_pretrained']
 
-# %% ../nbs/24_models.ipynb #affa6faf
+# %% ../nbs/24_models.ipynb #a8dbb3db
 from pathlib import Path
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .core import FORMAT, nearest, read_json, write_atomic, write_json
 from .encoders import Encoder, build_encoder
 from .losses import SIMILARITIES
-from .similarity import max_mean, volume
 
 # %% ../nbs/24_models.ipynb #68da05a3
 class Linear(nn.Linear):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FPS', 'SIZE', 'KINDS', 'plan', 'draw', 'sound', 'make_toy', 'main']
 
-# %% ../nbs/10_toy.ipynb #764592f5
+# %% ../nbs/10_toy.ipynb #adce06df
 import json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import soxr
 import torch
 from tqdm.auto import tqdm
 
-from .core import FORMAT, nearest, read_json, rng, stable_hash, to_iso, write_atomic, write_json
+from .core import FORMAT, nearest, read_json, rng, stable_hash, to_iso, write_json
 from .media import write_video
 from .shapes import BACKGROUNDS, SILENT, SOUNDING, background, random_look, stamp
 from .synths import AMBIENCES, SYNTH_HZ, ambience, play
