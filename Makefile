@@ -52,8 +52,9 @@ soak: env ## the long forms
 lab: env ## JupyterLab on this folder
 	$(BIN)/jupyter lab
 
-readme: env ## README.md from nbs/index.ipynb
+readme: env ## README.md from nbs/index.ipynb, its links (relative to nbs/) made relative to the top
 	$(BIN)/jupyter nbconvert --to markdown --log-level ERROR --output-dir . --output README nbs/index.ipynb
+	@sed -i.old -E 's#\]\(([A-Za-z0-9_]+\.ipynb)#](nbs/\1#g; s#(\]\(|src=")\.\./#\1#g' README.md && rm README.md.old
 
 clean: ## clear what tools left; corpora and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

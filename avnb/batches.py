@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Column', 'working_size', 'open_jpeg', 'open_png', 'ClipDataset', 'pick_track', 'finish', 'collate', 'audible',
-           'Loader', 'InOrder', 'loader', 'VideoSampler', 'View', 'ImageView', 'AudioView']
+           'InOrder', 'Loader', 'loader', 'VideoSampler', 'View', 'ImageView', 'AudioView']
 
 # %% ../nbs/13_batches.ipynb #ee7843f4
 import io
@@ -230,7 +230,18 @@ def audible(
     counts = lambda i, language: track is None or (i == 0 if track == "first" else language == to_iso(track))
     return rows[[any(db >= floor_db and counts(i, l) for i, (l, db) in enumerate(zip(tracks[r], loud[r], strict=True))) for r in rows]]
 
-# %% ../nbs/13_batches.ipynb #7d477ce7
+# %% ../nbs/13_batches.ipynb #ce01e206
+class InOrder(Sampler):
+    "All clips in their order, for evaluation."
+    def __init__(self,
+        n:int,          # clips
+        batch_size:int, # of every batch but the last
+    ): self.n, self.batch_size, self.epoch, self.start = n, batch_size, 0, 0
+    def __len__(self): return -(-self.n // self.batch_size) - self.start
+    def __iter__(self): return (list(range(i, min(i + self.batch_size, self.n))) for i in range(self.start*self.batch_size, self.n, self.batch_size))
+    def set_epoch(self, epoch, start=0): self.epoch, self.start = epoch, start
+
+# %% ../nbs/13_batches.ipynb #e5c9e34f
 class _Batches(Dataset):
     "A dataset of whole batches: item = (epoch, clips)."
     def __init__(self, clips): self.clips = clips
@@ -242,6 +253,7 @@ class _Keys(Sampler):
     def __len__(self): return len(self.sampler)
     def __iter__(self): return ((self.sampler.epoch, b) for b in self.sampler)
 
+# %% ../nbs/13_batches.ipynb #8d123688
 class Loader:
     "Batches of clips on a device, in a sampler's order: an iterable with `len` and `set_epoch`."
     def __init__(self, inner, sampler, device): self.inner, self.sampler, self.device = inner, sampler, device
@@ -253,16 +265,6 @@ class Loader:
         "Go to a place in the run, as `VideoSampler.set_epoch` does."
         self.sampler.set_epoch(epoch, start)
         return self
-
-class InOrder(Sampler):
-    "All clips in their order, for evaluation."
-    def __init__(self,
-        n:int,          # clips
-        batch_size:int, # of every batch but the last
-    ): self.n, self.batch_size, self.epoch, self.start = n, batch_size, 0, 0
-    def __len__(self): return -(-self.n // self.batch_size) - self.start
-    def __iter__(self): return (list(range(i, min(i + self.batch_size, self.n))) for i in range(self.start*self.batch_size, self.n, self.batch_size))
-    def set_epoch(self, epoch, start=0): self.epoch, self.start = epoch, start
 
 def loader(
     clips:ClipDataset,   # what to load

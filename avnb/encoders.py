@@ -130,21 +130,24 @@ class LogMel(nn.Module):
         power = torch.stft(x, 400, 160, window=self.window, center=False, return_complex=True).abs()**2
         return ((power.transpose(1, 2) @ self.bands + 1e-5).log() + 5) / 4
 
-# %% ../nbs/20_encoders.ipynb #2409e3c2
-def _blocks(width:int, layers:int)->nn.Module:
-    "Pre-norm transformer blocks, heads of 32."
-    block = nn.TransformerEncoderLayer(width, width//32, 3*width, dropout=0., activation="gelu", batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(block, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+# %% ../nbs/20_encoders.ipynb #e86b9ab6
+def _flat(i:int, o:int, kernel, stride=1, padding=0)->nn.Module:
+    "Convolution over frequency and time, batch norm, ReLU."
+    return nn.Sequential(nn.Conv2d(i, o, kernel, stride, padding, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+
+def _line(i:int, o:int, kernel:int, dilation:int=1)->nn.Module:
+    "The same over time alone."
+    return nn.Sequential(nn.Conv1d(i, o, kernel, padding=dilation*(kernel//2), dilation=dilation, bias=False), nn.BatchNorm1d(o), nn.ReLU())
 
 class ToyAudio(Encoder):
-    "The toy sound tower: log-mel, convolution, attention."
-    def __init__(self, width:int=96, layers:int=2, mels:int=64):
+    "The toy sound tower: log-mel, three convolutions down to 50 tokens a second, three dilated ones with a shortcut."
+    def __init__(self, width:int=128, channels:int=16, mels:int=64):
         super().__init__()
-        if width % 32: raise ValueError(f"ToyAudio: width={width}; needed a multiple of 32, the size of a head.")
-        self.facts, self.dim, self.mel = dict(width=width, layers=layers, mels=mels), width, LogMel(mels)
-        self.stem = nn.Sequential(nn.Conv1d(mels, width, 5, 1, 2), nn.GELU(), nn.Conv1d(width, width, 4, 2, 1), nn.GELU())
-        self.place = nn.Conv1d(width, width, 9, padding=4, groups=width)
-        self.blocks = _blocks(width, layers)
+        if mels % 8: raise ValueError(f"ToyAudio: mels={mels}; needed a multiple of 8, since frequency is halved three times.")
+        c, self.dim, self.facts = channels, width, dict(width=width, channels=channels, mels=mels)
+        self.mel = LogMel(mels)
+        self.stem = nn.ModuleList([_flat(1, c, 4, 2, 1), _flat(c, 2*c, 3, (1, 2), 1), _flat(2*c, 3*c, 3, (1, 2), 1)])
+        self.enter, self.body, self.leave = _line(3*c*mels//8, width, 1), nn.ModuleList([_line(width, width, 5, d) for d in (1, 2, 3)]), _line(width, width, 1)
 
     def spec(self)->dict: return {"kind": "toy-audio", **self.facts}
 
@@ -155,31 +158,22 @@ class ToyAudio(Encoder):
         keep = torch.ones_like(audio, dtype=torch.bool) if keep is None else keep
         t = -(-lengths(keep) // (AUDIO_HZ//TOKEN_HZ))
         kept = torch.arange(int(t.max()), device=audio.device) < t[:, None]
-        fine, coarse = kept.repeat_interleave(2, 1)[:, None], kept[:, None]  # what lies beyond a clip is zero at every layer, as it is for the clip alone
-        x = self.mel((audio * keep)[:, :int(t.max())*320]).transpose(1, 2) * fine
-        x = self.stem[2:](self.stem[:2](x) * fine) * coarse
-        x = x + self.place(x)
-        return self.blocks(x.transpose(1, 2), src_key_padding_mask=None if kept.all() else ~kept), kept
+        line = kept[:, None]  # what lies beyond a clip is zero at every layer, as it is for the clip alone
+        fine, flat = kept.repeat_interleave(2, 1)[:, None, :, None], kept[:, None, :, None]
+        x = self.mel((audio * keep)[:, :int(t.max())*320])[:, None] * fine
+        for stage in self.stem: x = stage(x) * flat
+        x = self.enter(x.transpose(2, 3).flatten(1, 2)) * line
+        for stage in self.body: x = x + stage(x) * line
+        return self.leave(x).transpose(1, 2), kept
 
-# %% ../nbs/20_encoders.ipynb #7dedc016
-class _PlaceNorm(nn.LayerNorm):
-    "Layer norm over the channels of each place."
-    def forward(self, x:Tensor)->Tensor: return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-class _Residual(nn.Module):
-    def __init__(self, width:int):
-        super().__init__()
-        self.norm, self.wide, self.mix = _PlaceNorm(width), nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
-    def forward(self, x:Tensor)->Tensor: return x + self.mix(nnf.gelu(self.wide(self.norm(x))))
-
+# %% ../nbs/20_encoders.ipynb #91f3bc49
 class ToyImage(Encoder):
-    "The toy picture tower: patches of 4 pixels, residual convolutions, tokens every 8 pixels."
-    def __init__(self, width:int=128, depth:int=2):
+    "The toy picture tower: five convolutions, tokens every 8 pixels."
+    def __init__(self, width:int=128):
         super().__init__()
-        half = 3*width//8
-        self.facts, self.dim, self.patch = dict(width=width, depth=depth), width, 8
-        self.net = nn.Sequential(nn.Conv2d(3, half, 4, 4), _PlaceNorm(half), _Residual(half), _PlaceNorm(half), nn.Conv2d(half, width, 2, 2),
-                                 *[_Residual(width) for _ in range(depth)], _PlaceNorm(width))
+        if width % 8: raise ValueError(f"ToyImage: width={width}; needed a multiple of 8.")
+        self.facts, self.dim, self.patch = dict(width=width), width, 8
+        self.net = nn.Sequential(_flat(3, 3*width//8, 8, 4, 2), _flat(3*width//8, width//2, 3, 1, 1), _flat(width//2, width, 2, 2), _flat(width, width, 3, 1, 1), _flat(width, width, 1))
 
     def spec(self)->dict: return {"kind": "toy-image", **self.facts}
 

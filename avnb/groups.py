@@ -37,7 +37,7 @@ def home(
     title, language = (dubs or {}).get(name, (name, None))
     return title, 0, language
 
-# %% ../nbs/12_groups.ipynb #2c5c460d
+# %% ../nbs/12_groups.ipynb #a5349b8d
 def families(
     titles:list,   # one a row
     contents:list, # content hash, one a row
@@ -52,6 +52,7 @@ def families(
         up[b] = a
     return [root(t) for t in titles]
 
+# %% ../nbs/12_groups.ipynb #bc6dea37
 def split(
     dataset,                # from `open_store`
     shares=(.8, .1, .1),    # of train, val and test; they sum to 1
@@ -72,6 +73,7 @@ def split(
     check_no_leak(dataset, parts)
     return parts
 
+# %% ../nbs/12_groups.ipynb #2e28e72e
 def check_no_leak(
     dataset,    # from `open_store`
     parts:dict, # name -> row numbers
@@ -84,7 +86,7 @@ def check_no_leak(
                 if (other := seen.setdefault(values[int(r)], name)) != name:
                     raise ValueError(f"{column} {values[int(r)]!r} is in {other} and in {name}; split by title, with `split`.")
 
-# %% ../nbs/12_groups.ipynb #7560411b
+# %% ../nbs/12_groups.ipynb #23efdc29
 class VideoSampler(Sampler):
     "Batches with at most `per_group` rows of a group: every row once an epoch, save the surplus of groups too large for it."
     def __init__(self,
@@ -112,21 +114,6 @@ class VideoSampler(Sampler):
         self.set_epoch(0)
         if rank == 0: self._say(batch_size)
 
-    def _say(self, asked):
-        n = len(self.count)
-        if self.batch_size < asked: print(f"VideoSampler: batches of {self.batch_size}, not {asked}: there are only {n} groups, and {self.per_group} of a group may meet.")
-        if self.surplus: print(f"VideoSampler: {self.surplus} of {len(self.group)} rows wait for the next epoch: "
-                               f"the largest of {n} groups has {self.count.max()}, and an epoch has room for {self.seats}.")
-
-    def set_epoch(self,
-        epoch:int,   # from 0
-        start:int=0, # batches of it already done
-    )->"VideoSampler":
-        "Go to a place in the run; the next iteration starts there."
-        if not 0 <= start <= self.batches: raise ValueError(f"VideoSampler: start={start}; an epoch has {self.batches} batches.")
-        self.epoch, self.start = epoch, start
-        return self
-
     def __len__(self): return self.batches - self.start
 
     def __iter__(self):
@@ -145,3 +132,21 @@ def plan(self:VideoSampler)->list:
     rows = order[(place - self.epoch*self.seats) % size < self.seats]
     rows = rows[np.lexsort((now.random(len(rows)), now.permutation(len(self.count))[self.group[rows]]))] # dealt in a new order each epoch
     return [now.permutation(rows[b::self.batches]) for b in now.permutation(self.batches)]
+
+# %% ../nbs/12_groups.ipynb #7bc8ca40
+@patch
+def set_epoch(self:VideoSampler,
+    epoch:int,   # from 0
+    start:int=0, # batches of it already done
+)->VideoSampler:
+    "Go to a place in the run; the next iteration starts there."
+    if not 0 <= start <= self.batches: raise ValueError(f"VideoSampler: start={start}; an epoch has {self.batches} batches.")
+    self.epoch, self.start = epoch, start
+    return self
+
+@patch
+def _say(self:VideoSampler, asked):
+    n = len(self.count)
+    if self.batch_size < asked: print(f"VideoSampler: batches of {self.batch_size}, not {asked}: there are only {n} groups, and {self.per_group} of a group may meet.")
+    if self.surplus: print(f"VideoSampler: {self.surplus} of {len(self.group)} rows wait for the next epoch: "
+                           f"the largest of {n} groups has {self.count.max()}, and an epoch has room for {self.seats}.")

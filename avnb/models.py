@@ -36,7 +36,7 @@ class Centred(nn.Module):
 
 HEADS = {"linear": Linear, "centred": Centred}
 
-# %% ../nbs/24_models.ipynb #7a5f2d8b
+# %% ../nbs/24_models.ipynb #282bd12f
 class DenseAligner(nn.Module):
     "Audio tokens and image tokens in one space (grounding)."
     def __init__(self,
@@ -69,14 +69,11 @@ class DenseAligner(nn.Module):
         "Image tokens, of length 1 where similarity is cosine."
         return self.ready(self.image_head(self.image(image)))
 
-    def forward(self,
-        audio:Tensor, keep:Tensor|None, # as `embed_audio`
-        image:Tensor,                   # as `embed_image`
-    )->tuple:                           # audio tokens (B, T, D), keep (B, T), image tokens (B, P, D)
-        "All tokens of a batch: one call, so that distributed training sees one forward pass."
+    def forward(self, audio:Tensor, keep:Tensor|None, image:Tensor)->tuple:
+        "All tokens of a batch, as one call, so that distributed training sees one forward pass: audio (B, T, D), keep (B, T), image (B, P, D)."
         return *self.embed_audio(audio, keep), self.embed_image(image)
 
-    def grid(self, height:int, width:int)->tuple: return self.image.grid(height, width)  # (h, w) with h*w = P
+    def grid(self, height:int, width:int)->tuple: return self.image.grid(height, width)  # (h, w), h*w = P
 
 # %% ../nbs/24_models.ipynb #a1f69549
 def token_loudness(

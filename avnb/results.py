@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['measure', 'versions', 'table', 'snapshots', 'unnormalise']
 
-# %% ../nbs/43_results.ipynb #76a6c7a7
+# %% ../nbs/43_results.ipynb #c547e659
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from .batches import audible
 from .core import FORMAT, device as pick_device, read_json, settings, write_json
+from .groups import split
 from .models import clip_heat
 from .training import Run, find_store
-from .groups import split
-from .batches import audible
 from .trials import Tokens, asked, embed_set, grounding_trials, retrieval_trial, toy_sets
 from .viz import snapshot_row
 

@@ -92,7 +92,7 @@ def png(
     Image.fromarray(np.ascontiguousarray(labels)).resize(size[::-1], Image.Resampling.NEAREST).save(out, "PNG", compress_level=1)
     return out.getvalue()
 
-# %% ../nbs/12_rows.ipynb #cd85ed2b
+# %% ../nbs/12_rows.ipynb #74da3f3b
 def shift(
     obj,         # any piece of a truth file
     by:float,    # seconds to take away
@@ -108,6 +108,7 @@ def shift(
         else: out[k] = shift(v, by, dur_s)
     return out
 
+# %% ../nbs/12_rows.ipynb #068807f7
 def read_truth(
     path:Path, # the video
 )->dict|None:  # {"json", "labels" (F,H,W) or None, "shot" (F,) or None}
@@ -119,6 +120,7 @@ def read_truth(
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as z: arrays = {k: z[k] for k in ("labels", "shot")}
     return dict(json=json.loads(file.read_text()), **arrays)
 
+# %% ../nbs/12_rows.ipynb #2a5f79e1
 def truth_slice(
     truth:dict,     # from `read_truth`
     start_s:float,  # of the segment

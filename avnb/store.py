@@ -131,7 +131,7 @@ def store_all(
             ex.shutdown(); ex = pool(workers)
     finally: ex.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/12_store.ipynb #15877d2d
+# %% ../nbs/12_store.ipynb #f6c74127
 @dataclass(frozen=True)
 class Report:
     "What became of a folder of files."
@@ -141,6 +141,7 @@ class Report:
     n_rows:int = 0     # segments in the store
     left_out:list = field(default_factory=list) # [(path, [numbers of silent segments])] of good files
 
+# %% ../nbs/12_store.ipynb #8c29e3fc
 @contextmanager
 def only_one(
     out:Path, # the store

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['find_store', 'Run', 'read_lines', 'cut_lines', 'Trainer', 'fit', 'main']
 
-# %% ../nbs/42_training.ipynb #19b14f4a
+# %% ../nbs/42_training.ipynb #c38edb31
 import argparse, json, os, resource, signal, threading, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from .store import is_store, open_store, prepare
 from .toy import make_toy
 from .trials import RULE, choose_by, embed_set, grounding_trials, retrieval_trial, toy_sets
 
-# %% ../nbs/42_training.ipynb #154425cf
+# %% ../nbs/42_training.ipynb #583f0843
 def find_store(
     recipe:Recipe,
 ):              # the opened store
@@ -39,7 +39,7 @@ def find_store(
     if not source.is_dir(): raise FileNotFoundError(f"data: {source} is not a folder; needed videos, segments, or a prepared store.")
     if is_store(source): return open_store(source)
     out = home/"stores"/f"{source.name}-{stable_hash([str(source.resolve()), recipe.store.hash])[:8]}"
-    report = prepare(source, out, recipe=recipe.store)
+    report = prepare(source, out, recipe=replace(recipe.store, workers=recipe.store.workers or os.cpu_count()))
     if report.broken: print(f"{len(report.broken)} of {len(report.broken) + report.n_ok} files left out:", *(f"  {path}: {why}" for path, why in report.broken), sep="\n")
     return open_store(out)
 
@@ -74,7 +74,7 @@ def cut_lines(
     whole = [line for line in path.read_text().split("\n")[:-1] if line]
     write_atomic(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
-# %% ../nbs/42_training.ipynb #e8dd7da5
+# %% ../nbs/42_training.ipynb #cdb06809
 class Trainer:
     "Everything a run holds in memory."
     def __init__(self,
@@ -100,6 +100,7 @@ class Trainer:
         self.loader = loader(self.clips, self.sampler, device=self.device)
         self.per_epoch = self.sampler.batches
         self.total = self.train.steps or self.train.epochs * self.per_epoch
+        if self.main: print(f"{len(rows)} segments of {len(set(self.clips.groups))} groups to learn from, {len(self.val_rows)} held out; {self.per_epoch} steps an epoch, {self.total} in all.")
         self.sets = None  # question sets, made at the first validation
 
     def _model(self):

@@ -228,7 +228,14 @@ class _Canvas:
         page[h:, w:] = np.asarray(clock)
         return torch.from_numpy(page).permute(2, 0, 1)
 
-# %% ../nbs/02_viz.ipynb #80e8c2ce
+# %% ../nbs/02_viz.ipynb #ba5bfc05
+def _heard(heat, sound, rate_hz, token_hz, silent_db):
+    "The maps (T, h, w), zero where the sound is below `silent_db`."
+    loud = loudness(sound, rate_hz, token_hz)[:len(heat)] > silent_db
+    loud = torch.cat([loud, loud[-1:].expand(len(heat) - len(loud))])
+    return heat.where(loud[:, None, None], 0)
+
+# %% ../nbs/02_viz.ipynb #883b8c27
 def heat_video(
     frames:Tensor,                  # (F, 3, H, W) uint8, or float in [0, 1]; any sequence of pictures does
     heat:Tensor,                    # (T, h, w) signed similarity, one map a token
@@ -251,8 +258,7 @@ def heat_video(
         raise ValueError(f"{out}: {len(heat)} maps at {token_hz}/s last {len(heat)/token_hz:.2f} s, the sound {dur_s:.2f} s; they must agree.")
     if frame_times is None: frame_times = torch.arange(len(frames))*dur_s/len(frames)
     if len(frame_times) != len(frames): raise ValueError(f"{out}: {len(frame_times)} times were given for {len(frames)} frames.")
-    loud = loudness(sound, rate_hz, token_hz)[:len(heat)] > silent_db
-    heat = heat.where(torch.cat([loud, loud[-1:].expand(len(heat) - len(loud))])[:, None, None], 0)
+    heat = _heard(heat, sound, rate_hz, token_hz, silent_db)
     canvas = _Canvas(frames[0].shape[-2:], sound, rate_hz, _limit(heat, vmax), alpha)
     which = -1
     with VideoWriter(out, canvas.page.shape[:2], fps, {"und": sound.clamp(-1, 1)}, rate_hz) as video:
@@ -263,6 +269,7 @@ def heat_video(
             video.add(canvas.draw(under, heat[first:max(first + 1, int((i + 1)*token_hz/fps + 1e-6))].mean(0), i/fps))
     return Path(out)
 
+# %% ../nbs/02_viz.ipynb #bfe8f5d5
 def show_video(
     path:str|Path,          # mp4
     width:int|None=None,    # px (None: its own)

@@ -23,6 +23,7 @@ RUNS = re.compile(r"^(train|infer|probe|dub|bench)$")
 MACHINE_PATH = re.compile(r"(?<![\w.~\-/$})])/(?:home|root|work|tmp|Users)/[\w.]|(?<![A-Za-z])[A-Z]:\\{1,2}\w")
 ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]{4,}")
 PROGRESS = re.compile(r"\d(?:it/s|s/it)\b|\?it/s")
+LINK = re.compile(r"\]\(([^)\s]+)\)|<img [^>]*src=\"([^\"]+)\"")
 TEXT = {".py", ".ipynb", ".md", ".toml", ".ini", ".txt", ".cff", ".yaml", ".yml", ".json", ".js", ".css", ".cfg", ""}
 
 
@@ -115,10 +116,22 @@ def check_texts(files: list[Path]) -> list[str]:
         except UnicodeDecodeError: continue
         wrong += [f"{path}:{number}: a path of one machine: {shown}" for number, shown in machine_paths(text, str(path))]
         if path.suffix == ".md":
-            links = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)|<img [^>]*src=\"([^\"]+)\"", text)
-            for link in (a or b for a, b in links):
-                if "://" not in link and not (ROOT / path.parent / link).is_file(): wrong.append(f"{path}: picture {link} is not there")
+            for link in ((a or b).partition("#")[0] for a, b in LINK.findall(text)):
+                if link and "://" not in link and not (ROOT / path.parent / link).exists(): wrong.append(f"{path}: link {link} is not there")
     return wrong
+
+
+def check_contents(notebooks: list[Path]) -> list[str]:
+    "The front page names every notebook, with its question word for word."
+    front = Path("nbs/index.ipynb")
+    if front not in notebooks: return []
+    text, wrong = "\n".join(source(c) for c in json.loads((ROOT / front).read_text())["cells"]), []
+    for path in notebooks:
+        lines = [line for c in json.loads((ROOT / path).read_text())["cells"] if c["cell_type"] == "markdown" for line in source(c).splitlines()]
+        question = next((line[2:] for line in lines if line.startswith("> ")), "")
+        if path != front and f"[{path.stem}]({path.name}) | {question} |" not in text: wrong.append(f"{front}: no row `[{path.stem}]({path.name}) | {question} |` in the table of contents")
+    links = [(a or b).partition("#")[0] for a, b in LINK.findall(text)]
+    return wrong + [f"{front}: link {x} is not there, seen from nbs/" for x in links if x and "://" not in x and not (ROOT / front.parent / x).exists()]
 
 
 def tool(name: str) -> str:
@@ -152,6 +165,7 @@ def main() -> int:
     files = listed()
     wrong, notes = check_fixed_point(files) + check_modules(files) + check_texts(files), []
     notebooks = [p for p in files if p.suffix == ".ipynb"]
+    wrong += check_contents(notebooks)
     for path in notebooks:
         bad, note = check_notebook(path, (ROOT / path).stat().st_size)
         wrong += [f"{path}: {x}" for x in bad]
