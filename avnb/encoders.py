@@ -166,14 +166,15 @@ class ToyAudio(Encoder):
         for stage in self.body: x = x + stage(x) * line
         return self.leave(x).transpose(1, 2), kept
 
-# %% ../nbs/20_encoders.ipynb #91f3bc49
+# %% ../nbs/20_encoders.ipynb #c9462210
 class ToyImage(Encoder):
-    "The toy picture tower: five convolutions, tokens every 8 pixels."
+    "The toy picture tower: six convolutions, tokens every 8 pixels."
     def __init__(self, width:int=128):
         super().__init__()
-        if width % 8: raise ValueError(f"ToyImage: width={width}; needed a multiple of 8.")
+        if width % 16: raise ValueError(f"ToyImage: width={width}; needed a multiple of 16.")
         self.facts, self.dim, self.patch = dict(width=width), width, 8
-        self.net = nn.Sequential(_flat(3, 3*width//8, 8, 4, 2), _flat(3*width//8, width//2, 3, 1, 1), _flat(width//2, width, 2, 2), _flat(width, width, 3, 1, 1), _flat(width, width, 1))
+        self.net = nn.Sequential(_flat(3, 3*width//16, 4, 2, 1), _flat(3*width//16, width//2, 4, 2, 1), _flat(width//2, width//2, 3, 1, 1),
+                                 _flat(width//2, width, 2, 2), _flat(width, width, 3, 1, 1), _flat(width, width, 1))
 
     def spec(self)->dict: return {"kind": "toy-image", **self.facts}
 

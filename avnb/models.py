@@ -16,10 +16,10 @@ from .core import FORMAT, nearest, read_json, write_atomic, write_json
 from .encoders import Encoder, build_encoder
 from .losses import SIMILARITIES
 
-# %% ../nbs/24_models.ipynb #68da05a3
+# %% ../nbs/24_models.ipynb #419fe75b
 class Linear(nn.Linear):
     "The published head: one linear layer."
-    def forward(self, tokens:Tensor)->Tensor: return super().forward(tokens)
+    def forward(self, tokens:Tensor, keep:Tensor|None=None)->Tensor: return super().forward(tokens)
 
 class Centred(nn.Module):
     "A linear layer whose outputs are centred and scaled over all tokens: for towers trained from scratch."
@@ -36,7 +36,7 @@ class Centred(nn.Module):
 
 HEADS = {"linear": Linear, "centred": Centred}
 
-# %% ../nbs/24_models.ipynb #282bd12f
+# %% ../nbs/24_models.ipynb #ba596bf7
 class DenseAligner(nn.Module):
     "Audio tokens and image tokens in one space (grounding)."
     def __init__(self,
@@ -60,14 +60,15 @@ class DenseAligner(nn.Module):
     )->tuple:                  # tokens (B, T, D), keep (B, T) bool
         "Audio tokens, of length 1 where similarity is cosine."
         tokens, kept = self.audio(audio, keep)
-        tokens = self.audio_head(tokens, kept) if isinstance(self.audio_head, Centred) else self.audio_head(tokens)
-        return self.ready(tokens), kept
+        with torch.autocast(tokens.device.type, enabled=False):  # heads and similarities are small and want float32
+            return self.ready(self.audio_head(tokens.float(), kept)), kept
 
     def embed_image(self,
         image:Tensor, # (B, 3, H, W), ImageNet-normalised
     )->Tensor:        # (B, P, D), patches row by row
         "Image tokens, of length 1 where similarity is cosine."
-        return self.ready(self.image_head(self.image(image)))
+        tokens = self.image(image)
+        with torch.autocast(tokens.device.type, enabled=False): return self.ready(self.image_head(tokens.float()))
 
     def forward(self, audio:Tensor, keep:Tensor|None, image:Tensor)->tuple:
         "All tokens of a batch, as one call, so that distributed training sees one forward pass: audio (B, T, D), keep (B, T), image (B, P, D)."

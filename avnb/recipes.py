@@ -37,7 +37,7 @@ class LossConfig:
     "What is asked for."
     pressure:float = 0.         # weight of the non-negative pressure
 
-# %% ../nbs/40_recipes.ipynb #74774d53
+# %% ../nbs/40_recipes.ipynb #4ec086f7
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How long, how fast, how many."
@@ -52,7 +52,7 @@ class TrainConfig:
     end_div:float = 50.          # and ends at peak / end_div
     weight_decay:float = .02     # on matrices, none on vectors
     clip:float = 1.              # largest gradient norm
-    precision:str = "no"         # "no" | "bf16"
+    precision:str = "no"         # "no" | "bf16" | "auto": bf16 towers where the device multiplies bf16 in hardware
     unfreeze_audio:int = 2       # epoch from which a pretrained audio tower learns
     unfreeze_image:int = 5       # epoch from which a pretrained image tower learns
     save_every:int = 200         # steps between checkpoints
@@ -67,7 +67,7 @@ class TrainConfig:
         for name in ("batch_size", "save_every", "val_every", "log_every", "keep", "max_skipped", "epochs"):
             if getattr(self, name) < 1: raise ValueError(f"TrainConfig.{name}={getattr(self, name)}; expected at least 1.")
         if self.steps is not None and self.steps < 1: raise ValueError(f"TrainConfig.steps={self.steps}; expected at least 1, or None for `epochs`.")
-        if self.precision not in ("no", "bf16"): raise ValueError(f"TrainConfig.precision={self.precision!r}; expected 'no' or 'bf16'.")
+        if self.precision not in ("no", "bf16", "auto"): raise ValueError(f"TrainConfig.precision={self.precision!r}; expected 'no', 'bf16' or 'auto'.")
 
 # %% ../nbs/40_recipes.ipynb #9185f967
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +83,14 @@ class Recipe:
     loss:LossConfig = LossConfig()
     train:TrainConfig = TrainConfig()
 
-# %% ../nbs/40_recipes.ipynb #1fde0a60
+# %% ../nbs/40_recipes.ipynb #0b43187f
 def grounding(
     scale:str="toy", # "toy" | "published"
 )->Recipe:
     "HuBERT x DINOv2, dense max-mean alignment (after DenseAV, arXiv:2406.05629; spec of AV-Align)."
     if scale == "toy":
         return Recipe(variant="grounding", scale=scale, store=StoreConfig(languages=("en",)), view=View(image=ImageView(size=112, crop=(.7, 1.), aspect=(1., 1.), colour=.2), audio=AudioView(gain_db=3.), track="en"),
-            train=TrainConfig(steps=800))
+            train=TrainConfig(steps=750, precision="auto", val_every=150, save_every=150))
     return Recipe(variant="grounding", scale=scale, store=StoreConfig(size=256), view=View(image=ImageView(size=224, crop=(.6, 1.))),
         model=ModelConfig(audio="facebook/hubert-base-ls960", image="facebook/dinov2-small", dim=512, head="linear"), loss=LossConfig(pressure=.15),
         train=TrainConfig(epochs=100, batch_size=48, lr=8e-4, backbone_lr=1e-5, warmup=.015, backbone_warmup=.10, start_div=10., end_div=1e5, clip=.5,
