@@ -29,7 +29,7 @@ env: .venv/made ## .venv with avnb, the extra dev, and the versions of constrain
 
 demo: ## all set up, and the main job on the embedded corpus: train, measure, point at what sounds
 	@t0=$$(date +%s); $(MAKE) --no-print-directory env; t1=$$(date +%s); mkdir -p data/runs/grounding; \
-	$(BIN)/papermill --no-log-output nbs/train.ipynb data/runs/grounding/train.ipynb -p variant grounding -p name grounding; t2=$$(date +%s); \
+	$(BIN)/papermill --no-log-output nbs/train.ipynb data/runs/grounding/train.ipynb -p variant grounding; t2=$$(date +%s); \
 	$(BIN)/papermill --no-log-output nbs/infer.ipynb data/runs/grounding/infer.ipynb -p checkpoint data/runs/grounding; t3=$$(date +%s); \
 	echo "seconds: environment $$((t1-t0)), corpus and training and test $$((t2-t1)), heat-map video $$((t3-t2)), in all $$((t3-t0))"; \
 	echo "Open data/runs/grounding/train.ipynb (make lab), and play data/runs/grounding/heat/*.mp4."

@@ -405,6 +405,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'avnb.training.Trainer.__init__': ('training.html#trainer.__init__', 'avnb/training.py'),
                                'avnb.training.Trainer._data': ('training.html#trainer._data', 'avnb/training.py'),
                                'avnb.training.Trainer._model': ('training.html#trainer._model', 'avnb/training.py'),
+                               'avnb.training.Trainer._same_recipe': ('training.html#trainer._same_recipe', 'avnb/training.py'),
                                'avnb.training.Trainer.go': ('training.html#trainer.go', 'avnb/training.py'),
                                'avnb.training.Trainer.keep_best': ('training.html#trainer.keep_best', 'avnb/training.py'),
                                'avnb.training.Trainer.resume': ('training.html#trainer.resume', 'avnb/training.py'),

@@ -111,7 +111,7 @@ class Dino(Encoder):
         more = {"interpolate_pos_encoding": True} if self.model.config.model_type == "vit" else {}  # DINOv2 always interpolates
         return self.model(image, **more).last_hidden_state[:, self.skip:]
 
-# %% ../nbs/20_encoders.ipynb #bfce6b5a
+# %% ../nbs/20_encoders.ipynb #74b56aa0
 class LogMel(nn.Module):
     "Log-mel energies, 100 frames a second: window 25 ms, `n` triangular bands from 0 to 8 kHz on the mel scale, floor 1e-5."
     def __init__(self, n:int=64):
@@ -124,7 +124,7 @@ class LogMel(nn.Module):
 
     def forward(self,
         audio:Tensor, # (B, S) at 16 kHz
-    )->Tensor:        # (B, 2*ceil(S/320), n), about -1 to 2
+    )->Tensor:        # (B, 2*ceil(S/320), n), -1.6 for silence, about 3 for a loud tone
         short = -audio.shape[-1] % 320
         x = nnf.pad(audio, (120, 120 + short))  # frame i is centred on 10 ms * i + 5 ms
         power = torch.stft(x, 400, 160, window=self.window, center=False, return_complex=True).abs()**2

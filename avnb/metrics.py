@@ -39,11 +39,11 @@ def retrieval(
                 f"{name}/MeanR_mid": middle.double().mean().item(), f"{name}/ties": int(ties.sum())}
     return out | {"ties": out["a2v/ties"] + out["v2a/ties"], "n": len(scores)}
 
-# %% ../nbs/30_metrics.ipynb #8c13ff51
+# %% ../nbs/30_metrics.ipynb #4395bf71
 def bootstrap(
     values,     # (N,) one number an item; their mean is the metric
     n:int=1000, # resamples
-    seed:int=0,
+    seed:int=0, # of the resampling
 )->tuple[float, float, float]: # mean, and the bounds of its 95 % interval
     "Percentile bootstrap over items."
     values = torch.as_tensor(values, dtype=torch.float64).flatten().cpu()
@@ -173,12 +173,12 @@ def segmentation(
     mean = lambda kind: float(np.mean([v for k, v in out.items() if k.startswith(kind)]))
     return {"mAP": mean("AP/"), "mIoU": mean("IoU/"), "n": len(heat), **out}
 
-# %% ../nbs/30_metrics.ipynb #4d06fd66
+# %% ../nbs/30_metrics.ipynb #38e1cf98
 def random_heat(
     n:int,      # maps
     h:int,      # height
     w:int,      # width
-    seed:int=0,
+    seed:int=0, # of the noise
 )->Tensor:      # (n, h, w) uniform from 0 to 1
     "Noise."
     return torch.rand(n, h, w, generator=torch.Generator().manual_seed(seed))

@@ -126,7 +126,7 @@ def standing(
     plain = dict(_flat(variants[recipe.variant](recipe.scale)))
     return {name: (value, *(STANDING[recipe.scale].get(name, ("ours", "")) if plain[name] == value else ("ours", "override"))) for name, value in _flat(recipe)}
 
-# %% ../nbs/40_recipes.ipynb #4e6dcf56
+# %% ../nbs/40_recipes.ipynb #3cfee3c9
 def recipe(
     variant:str,                  # one of `variants`
     scale:str|None=None,          # "toy" | "published"; None = settings.ini
@@ -142,7 +142,7 @@ def recipe(
     if scale not in STANDING: raise ValueError(f"scale={scale!r}; {nearest(scale, STANDING)}")
     made = variants[variant](scale)
     if data is not None: made = replace(made, view=replace(made.view, track="first"), store=replace(made.store, languages=None))
-    given = {"data.source": data and str(data), "train.steps": steps, "train.save_every": save_every, "seed": seed}
+    given = {"data.source": data and str(Path(data).resolve()), "train.steps": steps, "train.save_every": save_every, "seed": seed}
     made = override(override(made, {k: v for k, v in given.items() if v is not None}), overrides or {})
     if scale == "published" and made.data.source is None: raise ValueError("scale='published' needs `data`: a folder of videos or a prepared store. The toy corpus is for scale='toy'.")
     return made

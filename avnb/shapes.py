@@ -111,14 +111,14 @@ def stamp(
     inside, bright = _DRAWN[look.kind][0](x, y)
     return (slice(y0, y1), slice(x0, x1)), inside, (bright[..., None] * np.asarray(look.colour)).clip(0, 1)
 
-# %% ../nbs/07_shapes.ipynb #2fc62e97
+# %% ../nbs/07_shapes.ipynb #3f6b0898
 BACKGROUNDS = ("meadow", "brick", "sky", "wood", "tiles", "sand")
 _TINT = dict(meadow=(.35, .55, .3), brick=(.6, .38, .32), sky=(.5, .65, .85), wood=(.5, .38, .25), tiles=(.65, .68, .7), sand=(.8, .72, .52))
 
 def background(
     g:np.random.Generator, # where the chance comes from
     name:str,              # one of BACKGROUNDS
-    size:int=112,
+    size:int=112,          # of the square picture, pixels
 )->np.ndarray:             # (size, size, 3) in 0-1
     "A textured ground with its own offset, scale and tint."
     if name not in _TINT: raise ValueError(f"background {name!r} is unknown; {nearest(name, BACKGROUNDS)}")

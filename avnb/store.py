@@ -141,18 +141,19 @@ class Report:
     n_rows:int = 0     # segments in the store
     left_out:list = field(default_factory=list) # [(path, [numbers of silent segments])] of good files
 
-# %% ../nbs/12_store.ipynb #8c29e3fc
+# %% ../nbs/12_store.ipynb #b3fbbeaf
 @contextmanager
 def only_one(
     out:Path, # the store
 ):
     "One `prepare` at a time writes a store; a second one waits."
-    (out/"parts").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with open(out/".lock", "w") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"prepare: another process is preparing {out.name}; waiting for it.")
             fcntl.flock(f, fcntl.LOCK_EX)
+        (out/"parts").mkdir(exist_ok=True) # only now: the call before this one removed it when it was done
         yield
 
 def before(

@@ -95,13 +95,13 @@ def merge_spans(
         else: out.append((on, off))
     return [(round(float(a), 4), round(float(b), 4)) for a, b in out]
 
-# %% ../nbs/08_synths.ipynb #242737db
+# %% ../nbs/08_synths.ipynb #bd6b6023
 AMBIENCES = dict(meadow="crickets", brick="traffic", sky="wind", wood="fire", tiles="hum", sand="surf")  # background -> its sound
 
 def ambience(
     g:np.random.Generator, # where the chance comes from
     name:str,              # a value of AMBIENCES
-    dur_s:float,
+    dur_s:float,           # seconds to fill
 )->np.ndarray:             # (S,) at SYNTH_HZ, RMS .1
     "The sound of a place, without an object in the picture that makes it."
     t = _time(dur_s); n = len(t); slow = 1 + .6*np.sin(2*np.pi*g.uniform(.2, .5)*t + g.uniform(0, 6))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['find_store', 'Run', 'read_lines', 'cut_lines', 'Trainer', 'has_bf16', 'fit', 'main']
 
-# %% ../nbs/42_training.ipynb #c38edb31
-import argparse, json, os, resource, signal, threading, time
+# %% ../nbs/42_training.ipynb #3a898399
+import argparse, json, math, os, resource, signal, threading, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def cut_lines(
     whole = [line for line in path.read_text().split("\n")[:-1] if line]
     write_atomic(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
 
-# %% ../nbs/42_training.ipynb #e3afb306
+# %% ../nbs/42_training.ipynb #9edf3d86
 class Trainer:
     "Everything a run holds in memory."
     def __init__(self,
@@ -88,13 +88,14 @@ class Trainer:
         self.device, self.world, self.main = self.accelerator.device, self.accelerator.num_processes, self.accelerator.is_main_process
         with self.accelerator.main_process_first(): self.store = find_store(recipe)
         self._data(); self._model()
-        self.step, self.skipped, self.cpu_s, self.waiting, self.stop = 0, torch.zeros(2, device=self.device), 0., [], False
+        self.step, self.skipped, self.cpu_s, self.waiting, self.stop, self.wandb = 0, torch.zeros(2, device=self.device), 0., [], False, None
 
     def _data(self):
         r, toy = self.recipe, self.recipe.data.source is None
         parts = split(self.store, (1., 0., 0.) if toy else r.data.shares, r.seed)
-        rows = audible(self.store, parts["train"], r.view.track if isinstance(r.view.track, str) and r.view.track != "random" else None)
-        self.val_rows = audible(self.store, parts["val"], None)
+        track = r.view.track if isinstance(r.view.track, str) and r.view.track != "random" else None
+        rows = audible(self.store, parts["train"], track)
+        self.val_rows = audible(self.store, parts["val"], track)
         self.clips = ClipDataset(self.store, rows, r.view, seed=r.seed, cache=True)
         self.sampler = VideoSampler(self.clips.groups, self.train.batch_size, seed=r.seed, rank=self.accelerator.process_index, world=self.world)
         self.loader = loader(self.clips, self.sampler, device=self.device)
@@ -122,7 +123,7 @@ def has_bf16(
     flags = Path("/proc/cpuinfo")
     return device.type == "cpu" and flags.is_file() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16"))
 
-# %% ../nbs/42_training.ipynb #48cb6b46
+# %% ../nbs/42_training.ipynb #0bdaadb9
 @patch
 def update(self:Trainer, batch:dict)->None:
     "One optimizer step on one batch; keeps its figures on the device."
@@ -145,18 +146,20 @@ def update(self:Trainer, batch:dict)->None:
     for b, old in statistics: b.copy_(torch.where(bad, old, b))  # running statistics saw the batch already in the forward pass
     self.skipped = torch.stack([self.skipped[0] + bad, (self.skipped[1] + 1)*bad])  # in all, in a row
     self.step += 1; self.cpu_s += time.process_time() - t
-    self.waiting.append((self.step, rate, len(scores), dict(loss=loss.detach(), grad_norm=norm.detach(), skipped=self.skipped[0], in_a_row=self.skipped[1], **terms)))
+    self.waiting.append((self.step, rate, len(scores), self.cpu_s, dict(loss=loss.detach(), grad_norm=norm.detach(), skipped=self.skipped[0], in_a_row=self.skipped[1], **terms)))
 
-# %% ../nbs/42_training.ipynb #794ea99d
+# %% ../nbs/42_training.ipynb #8c7c36ea
 @patch
 def write(self:Trainer, took_s:float)->dict:
     "Bring the waiting figures to the disk; returns the last line. RuntimeError if too many updates in a row were skipped."
     if not self.waiting: return {}
-    names = list(self.waiting[0][3])
+    names = list(self.waiting[0][-1])
     values = torch.stack([torch.stack([f[k].float() for k in names]) for *_, f in self.waiting]).cpu().tolist()
     memory = torch.cuda.max_memory_allocated()/2**20 if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**10
-    common = dict(clips_per_s=round(sum(n for _, _, n, _ in self.waiting)/max(took_s, 1e-9), 1), memory_mb=round(memory), cpu_s=round(self.cpu_s, 2))
-    lines = [{"step": s, **dict(zip(names, v, strict=True)), "lr": rate, "epoch": (s - 1)//self.per_epoch, **common} for (s, rate, _, _), v in zip(self.waiting, values, strict=True)]
+    common = dict(clips_per_s=round(sum(n for _, _, n, *_ in self.waiting)/max(took_s, 1e-9), 1), memory_mb=round(memory))
+    finite = lambda v: [x if math.isfinite(x) else None for x in v]  # JSON has no NaN: a skipped step's loss is null
+    lines = [{"step": s, **dict(zip(names, finite(v), strict=True)), "lr": rate, "epoch": (s - 1)//self.per_epoch, "cpu_s": round(cpu, 2), **common}
+             for (s, rate, _, cpu, _), v in zip(self.waiting, values, strict=True)]
     self.waiting = []
     if self.main:
         with open(self.out/"metrics.jsonl", "a") as f: f.write("".join(json.dumps(line) + "\n" for line in lines)); f.flush()
@@ -204,28 +207,34 @@ def save(self:Trainer)->None:
     save_checkpoint(self.out, self.step, self.model, self.temperature, self.optimizer, state)
     prune(self.out, self.train.keep, best_step(self.out))
 
-# %% ../nbs/42_training.ipynb #33b49697
+# %% ../nbs/42_training.ipynb #c50d20fa
 @patch
 def resume(self:Trainer)->None:
     "Go on from the newest checkpoint, or start the folder."
     there = checkpoints(self.out)
+    if there: self._same_recipe()
     if self.main:
         self.out.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "val.jsonl"): cut_lines(self.out/name, int(there[-1].name[5:]) if there else 0)
     if not there:
         if self.main: (self.out/"best.json").unlink(missing_ok=True); write_json(self.out/"recipe.json", to_dict(self.recipe))
         return
-    was = differences(from_dict(read_json(self.out/"recipe.json")), self.recipe)
-    changed = {k: v for k, v in was.items() if k not in ("train.save_every", "train.log_every", "train.keep")}
-    if changed:
-        raise ValueError(f"{self.out} holds a run of another recipe: " + ", ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in changed.items()) + ". Give another folder, or `force_new=True` to start over.")
     state = load_checkpoint(there[-1], self.model, self.temperature, self.optimizer)
     self.step, self.cpu_s, self.skipped = state["step"], state["cpu_s"], torch.tensor(state["skipped"], device=self.device)
     lines = read_lines(self.out/"val.jsonl")
     if self.main and lines: write_json(self.out/"best.json", {k: max(lines, key=lambda x: (x["value"], -x["step"]))[k] for k in ("step", "value", "rule")})
     if self.main: print(f"{self.out.name}: goes on from step {self.step} of {self.total}.")
 
-# %% ../nbs/42_training.ipynb #0849c182
+# %% ../nbs/42_training.ipynb #dbc69220
+@patch
+def _same_recipe(self:Trainer)->None:
+    "Refuse to go on with a run of another recipe; how often it writes may change."
+    was = differences(from_dict(read_json(self.out/"recipe.json")), self.recipe)
+    changed = {k: v for k, v in was.items() if k not in ("train.save_every", "train.log_every", "train.keep")}
+    if changed:
+        raise ValueError(f"{self.out} holds a run of another recipe: " + ", ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in changed.items()) + ". Give another folder, or `force_new=True` to start over.")
+
+# %% ../nbs/42_training.ipynb #9080f773
 @patch
 def unfreeze(self:Trainer, epoch:int)->None:
     "Pretrained towers learn from their epoch on; before it they are frozen, and frozen means frozen."
@@ -245,13 +254,13 @@ def go(self:Trainer)->None:
             done = self.step == self.total or self.stop
             if done or self.step % train.log_every == 0:
                 line = self.write(time.time() - t); t = time.time()
-                bar.set_postfix(loss=f"{line['loss']:.3f}", clips_per_s=line["clips_per_s"])
+                bar.set_postfix(loss=line["loss"] and f"{line['loss']:.3f}", clips_per_s=line["clips_per_s"])
             if self.step % train.val_every == 0 or self.step == self.total: self.keep_best(); self.unfreeze(epoch); t = time.time()
             if done or self.step % train.save_every == 0: self.save(); t = time.time()
             if done: break
     bar.close()
 
-# %% ../nbs/42_training.ipynb #8a1ef61c
+# %% ../nbs/42_training.ipynb #b6a58ce3
 def _start_wandb(recipe:Recipe, out:Path):
     "A wandb run if settings.ini asks for one; without a key it stays off line, said so."
     s = settings()
@@ -269,8 +278,9 @@ def fit(
 )->Run:
     "Train. ValueError if `out` holds another recipe's run; RuntimeError if the loss stays non-finite."
     out = Path(out)
-    if force_new: _forget(out)
-    trainer = Trainer(recipe, out)
+    trainer = Trainer(recipe, out)  # first: what cannot start must not cost an old run
+    if force_new and trainer.main: _forget(out)
+    trainer.accelerator.wait_for_everyone()
     trainer.resume()
     trainer.wandb = _start_wandb(recipe, out) if trainer.main else None
     def interrupted(*_): trainer.stop = True; signal.signal(signal.SIGINT, before)

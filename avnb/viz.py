@@ -61,7 +61,7 @@ def _limit(heat, vmax):
     if vmax <= 0: raise ValueError(f"vmax={vmax} was given; the scale goes from -vmax to vmax, so it must be positive.")
     return vmax
 
-# %% ../nbs/02_viz.ipynb #17dbd2a2
+# %% ../nbs/02_viz.ipynb #e96f960b
 def _bar(figure, axes, vmax, alpha, label="similarity"):
     bar = figure.colorbar(ScalarMappable(Normalize(-vmax, vmax), heat_colours(alpha)), ax=axes, fraction=.05, pad=.02, aspect=14)
     bar.set_ticks([-vmax, 0, vmax], labels=[f"−{vmax:.2g}", "0", f"{vmax:.2g}"])
@@ -75,7 +75,7 @@ def show_heat(
     vmax:float|None=None,  # the scale goes from -vmax to vmax (None: the largest |heat|)
     alpha:float=.75,       # opacity at the ends of the scale
     colorbar:bool=True,    # draw the scale
-    title:str|None=None,
+    title:str|None=None,   # above the picture
 )->Axes:
     "A signed map over its picture: cold where unlike, warm where like, nothing at zero."
     vmax, picture = _limit(heat, vmax), _muted(frame)

@@ -27,11 +27,12 @@ SENTENCES = dict(en=("{}", "one {}", "look, {}"), es=("{}", "un {}", "mira, {}")
 SEEN   = ("m1", "m2", "m3", "m4", "f1", "belinda", "linda", "steph")  # voices of the training scenes
 UNSEEN = ("m5", "m7", "f4")                                # voices kept for tests
 
-# %% ../nbs/09_voices.ipynb #d7897d21
+# %% ../nbs/09_voices.ipynb #41731ff2
 @dataclass(frozen=True)
 class Utterance:
     "One sentence by one voice, silence trimmed."
-    lang:str; word:str; text:str; voice:str
+    lang:str; word:str   # ISO 639-1; the class named, in English: one of NAMED
+    text:str; voice:str  # what is said; one of SEEN or UNSEEN
     sound:np.ndarray     # (S,) float32 in [-1, 1]
     rate_hz:int          # what eSpeak NG speaks at, 22,050
     word_start_s:float   # where the named word begins, in seconds from the start of `sound`
