@@ -24,7 +24,7 @@ env: .venv/made ## .venv with avnb, the extra dev, and the versions of constrain
 	@$(PY) -m venv .venv || { echo "Python lacks its venv module: apt install python3-venv"; exit 1; }
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt setuptools
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	PYTHONWARNINGS=ignore $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 demo: ## all set up, and the main job on the embedded corpus: train, measure, point at what sounds
