@@ -20,7 +20,7 @@ from .training import Run, find_store
 from .trials import Tokens, asked, embed_set, grounding_trials, retrieval_trial, toy_sets
 from .viz import save_figure, snapshot_row
 
-# %% ../nbs/43_results.ipynb #30a9b222
+# %% ../nbs/43_results.ipynb #4007aa75
 def measure(
     run:Run,                # a finished run
     which:str="best",       # checkpoint: "best" by validation | "last"
@@ -38,7 +38,7 @@ def measure(
         part = "test" if len(parts["test"]) else "val"
         rows = audible(store, parts[part], r.view.track if isinstance(r.view.track, str) and r.view.track != "random" else None)[:1000]
         found = {"metrics": retrieval_trial(embed_set(model, store, rows, r.view, device))[0] if len(rows) > 1 else {}, "baselines": {}}
-        protocol = f"exact-pair retrieval on the {len(rows)} segments of the {part} share" + (", which also chose the checkpoint" if part == "val" else "")
+        protocol = "none: nothing was held out" if len(rows) < 2 else f"exact-pair retrieval on the {len(rows)} segments of the {part} share" + (", which also chose the checkpoint" if part == "val" else "")
     out = {"format": FORMAT, "run": run.path.name, "checkpoint": model.step, "which": which, "protocol": protocol, **found, "versions": versions(), "command": command}
     write_json(run.path/"results.json", out)
     return out

@@ -20,7 +20,7 @@ from .shapes import BACKGROUNDS, SILENT, SOUNDING, background, random_look, stam
 from .synths import AMBIENCES, SYNTH_HZ, ambience, play
 from .voices import NAMED, SEEN, UNSEEN, WORDS, bank
 
-# %% ../nbs/10_toy.ipynb #1ab051fe
+# %% ../nbs/10_toy.ipynb #0c85863b
 FPS, SIZE = 25, 112
 EDITION = 3  # of the corpus: raised whenever the same seed gives other videos, so that old files are made again
 KINDS = {"scenes": 2., "loc": 1., "ret": 1., "muted": 1., "speech": 1., "isolated": 1.}  # seconds a shot lasts
@@ -28,7 +28,7 @@ PLACE_HEARD = {"scenes": .25, "ret": 1.}  # share of shots in which the sound of
 
 def _cast(g, kind:str, pair):
     "Which classes are in the picture and which of them sound: [(class, sounding), ...], and the background."
-    classes = list(g.permutation(SOUNDING))
+    classes = [str(c) for c in g.permutation(SOUNDING)]
     if kind == "ret":
         a, b, ground = pair
         return [(a, True), (b, True), (next(c for c in classes if c not in (a, b)), False)], ground
