@@ -35,7 +35,7 @@ def draws(
         h = mix((h + part.astype(np.uint64)) * golden + golden)
     return (h >> np.uint64(11)) / 2.**53
 
-# %% ../nbs/13_augmentation.ipynb #8fcc3fe8
+# %% ../nbs/13_augmentation.ipynb #80d374ed
 @dataclass(frozen=True, kw_only=True)
 class ImageView:
     "How a frame becomes a square tensor."
@@ -69,11 +69,14 @@ class View:
     frame:str = "random"      # "random" | "middle": which of the stored frames
     track:str|tuple = "first" # "first" | "random" audible one | a language | several, of which one is drawn
     mask:bool = False         # also the label map of the frame, where truth is known
+    frames:int = 1            # frames of a clip, spread evenly over it
+    splice:float = 0.         # share of clips in which a span of the sound is another clip's (DenseAV's negative audio)
     def __post_init__(self):
+        if self.frames < 1 or not 0 <= self.splice <= 1: raise ValueError(f"View.frames={self.frames}, splice={self.splice}; expected at least 1 frame and a share from 0 to 1.")
         if self.frame not in ("random", "middle"): raise ValueError(f"View.frame={self.frame!r}; expected 'random' or 'middle'.")
     def still(self)->"View":
         "The same without chance, for evaluation (a track that was drawn becomes the first that fits)."
-        return replace(self, image=self.image.still(), audio=self.audio.still(), frame="middle", track="first" if self.track == "random" else self.track)
+        return replace(self, image=self.image.still(), audio=self.audio.still(), frame="middle", splice=0., track="first" if self.track == "random" else self.track)
 
 # %% ../nbs/13_augmentation.ipynb #360e9b6e
 def boxes(

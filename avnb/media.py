@@ -77,7 +77,7 @@ def _mp4(path):
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/01_media.ipynb #b1d0db5e
+# %% ../nbs/01_media.ipynb #ef66fe47
 class VideoWriter:
     "Writes H.264 4:2:0 + AAC picture by picture: `with VideoWriter(...) as w: w.add(frame)`."
     def __init__(self,
@@ -96,7 +96,7 @@ class VideoWriter:
             raise ValueError(f"{path}: pictures of {self.size} px at {fps}/s; at least 2 x 2 px and a positive rate are needed.")
         with self.stack as stack: # an error in here leaves no file behind
             self.c = stack.enter_context(_mp4(path))
-            self.v = self.c.add_stream("libx264", rate=self.fps, options=dict(preset=preset, crf=str(crf), g=str(keyint or max(1, round(self.fps)))))
+            self.v = self.c.add_stream("libx264", rate=self.fps, options=dict(preset=preset, crf=str(crf), g=str(keyint or max(1, round(self.fps))), mbtree="0"))
             self.v.height, self.v.width = (n + n % 2 for n in self.size)
             x = self.v.codec_context
             x.pix_fmt, x.thread_count, x.time_base = "yuv420p", 1, Fraction(1, 90_000)

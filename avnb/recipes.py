@@ -14,7 +14,7 @@ from .batches import AudioView, ImageView, View
 from .core import FORMAT, nearest, override, settings
 from .rows import StoreConfig
 
-# %% ../nbs/40_recipes.ipynb #4f2a199f
+# %% ../nbs/40_recipes.ipynb #d3abac20
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     "What is learned from."
@@ -31,13 +31,44 @@ class ModelConfig:
     dim:int = 64                # D
     similarity:str = "cosine"   # "cosine" | "dot"
     head:str = "centred"        # "centred" for towers from scratch | "linear"
+    heads:int = 1               # K, slices of D that answer apart (DenseAV)
+    pool:str = "max"            # over heads: "max" | "sum"
+    aggregate:str = "max_mean"  # of a volume: "max_mean" | "max_max" | "mean_mean" | "paired"
+    frame_pool:str = "mean"     # over the frames of a clip: "mean" | "softmax", the better answering ones count more
+    time_pool:int = 1           # audio tokens averaged into one
+    lora_audio:int = 0          # rank of the adapters of a pretrained audio tower; 0 = none, the tower itself learns
+    lora_image:int = 0          # the same for the image tower
+    lora_alpha:float = 16.      # adapters count alpha / rank
+
+    def __post_init__(self):
+        for name, known in (("pool", ("max", "sum")), ("aggregate", ("max_mean", "max_max", "mean_mean", "paired")), ("frame_pool", ("mean", "softmax"))):
+            if getattr(self, name) not in known: raise ValueError(f"ModelConfig.{name}={getattr(self, name)!r}; {nearest(getattr(self, name), known)}")
+        if self.heads < 1 or self.dim % self.heads: raise ValueError(f"ModelConfig.heads={self.heads} must divide dim={self.dim}.")
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     "What is asked for."
     pressure:float = 0.         # weight of the non-negative pressure
+    pressure_kind:str = "exact" # over which entries: "exact" all | "sampled" a share of pairs of tokens | "pairs" some pairs of clips (DenseAV: 250)
+    pressure_pairs:int = 250    # clip pairs of "pairs"
+    silence:float = 0.          # weight: spliced spans answer nothing (DenseAV)
+    variation:float = 0.        # weight: answers change slowly in time (DenseAV)
+    calibration:float = 0.      # weight: the scale stays where it does not sharpen (DenseAV)
+    specialisation:float = 0.   # weight: heads do not answer the same entries (DenseAV)
+    share_global:float = 0.     # 0 dense scores | 1 scores of mean tokens | between: both losses, this share for the global one (VeS)
+    negatives:str = "all"       # "all" | "label": those of the same label count less | "embedding": those too alike count less
+    negative_weight:float = 0.  # what such a negative counts; 0 leaves it out
+    negative_above:float = .9   # "embedding": cosine from which two pictures or two sounds are too alike
 
-# %% ../nbs/40_recipes.ipynb #4ec086f7
+    def __post_init__(self):
+        for name, known in (("pressure_kind", ("exact", "sampled", "pairs")), ("negatives", ("all", "label", "embedding"))):
+            if getattr(self, name) not in known: raise ValueError(f"LossConfig.{name}={getattr(self, name)!r}; {nearest(getattr(self, name), known)}")
+        for name in ("pressure", "silence", "variation", "calibration", "specialisation"):
+            if getattr(self, name) < 0: raise ValueError(f"LossConfig.{name}={getattr(self, name)} is a weight; expected 0 or more.")
+        for name in ("share_global", "negative_weight"):
+            if not 0 <= getattr(self, name) <= 1: raise ValueError(f"LossConfig.{name}={getattr(self, name)}; expected a share from 0 to 1.")
+
+# %% ../nbs/40_recipes.ipynb #bc6aecfc
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How long, how fast, how many."
@@ -55,17 +86,25 @@ class TrainConfig:
     precision:str = "no"         # "no" | "bf16" | "auto": bf16 towers where the device multiplies bf16 in hardware
     unfreeze_audio:int = 2       # epoch from which a pretrained audio tower learns
     unfreeze_image:int = 5       # epoch from which a pretrained image tower learns
+    unfreeze_audio_step:int|None = None # the same as an update; None = the epoch says it
+    unfreeze_image_step:int|None = None # the same for the image tower
+    accumulate:int = 1           # batches an update; each has its own negatives, so this is not a larger batch
+    micro_batch:int|None = None  # clips encoded at once, gradients cached (GradCache): exactly the large batch in less memory; None = all
+    token_cache:bool = False     # read a frozen tower's tokens from disk while its view is the same every time
+    draw_every:int|None = None   # steps between snapshots and videos of fixed clips; None = at the end
+    draw_n:int = 8               # fixed clips
     save_every:int = 200         # steps between checkpoints
     val_every:int = 200          # steps between validations
     log_every:int = 20           # steps between writes of metrics.jsonl
-    keep:int = 2                 # checkpoints kept beside the best
+    keep:int = 2                 # newest checkpoints kept, beside the best
+    keep_every:int|None = None   # checkpoints at multiples of this are kept for good
     max_skipped:int = 20         # updates in a row with a loss or gradient that is not finite before the run stops
 
     def __post_init__(self):
         for name in ("warmup", "backbone_warmup"):
             if not 0 <= getattr(self, name) < 1: raise ValueError(f"TrainConfig.{name}={getattr(self, name)} is a share of the run; expected 0 <= {name} < 1.")
-        for name in ("batch_size", "save_every", "val_every", "log_every", "keep", "max_skipped", "epochs"):
-            if getattr(self, name) < 1: raise ValueError(f"TrainConfig.{name}={getattr(self, name)}; expected at least 1.")
+        for name in ("batch_size", "save_every", "val_every", "log_every", "keep", "max_skipped", "epochs", "accumulate", "draw_n", "micro_batch", "draw_every", "keep_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"TrainConfig.{name}={getattr(self, name)}; expected at least 1.")
         if self.steps is not None and self.steps < 1: raise ValueError(f"TrainConfig.steps={self.steps}; expected at least 1, or None for `epochs`.")
         if self.precision not in ("no", "bf16", "auto"): raise ValueError(f"TrainConfig.precision={self.precision!r}; expected 'no', 'bf16' or 'auto'.")
 
