@@ -4,27 +4,32 @@
 
 # %% auto #0
 __all__ = ['build_model', 'rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'prune', 'best_step',
-           'load_run']
+           'load_run', 'Run', 'read_lines', 'cut_lines']
 
-# %% ../nbs/41_checkpoints.ipynb #60527a18
-import os, random, shutil
+# %% ../nbs/41_checkpoints.ipynb #25d9a604
+import json, os, random, shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .adapters import add_lora
 from .core import FORMAT, read_json, sync_folder, write_atomic, write_json
 from .encoders import audio_encoder, image_encoder
 from .models import DenseAligner, from_pretrained
 from .recipes import Recipe, from_dict
 
-# %% ../nbs/41_checkpoints.ipynb #075e4c0d
+# %% ../nbs/41_checkpoints.ipynb #945c34ac
 def build_model(
     recipe:Recipe,
 )->DenseAligner: # towers with their pretrained weights, heads fresh
     "The model that a recipe describes; its seed must have been set by the caller."
     m = recipe.model
-    return DenseAligner(audio_encoder(m.audio, m.pretrained), image_encoder(m.image, m.pretrained), m.dim, m.similarity, m.head)
+    audio, image = audio_encoder(m.audio, m.pretrained), image_encoder(m.image, m.pretrained)
+    for tower, rank in ((audio, m.lora_audio), (image, m.lora_image)):
+        if rank: add_lora(tower, rank, m.lora_alpha)
+    return DenseAligner(audio, image, m.dim, m.similarity, m.head, m.heads, m.pool, m.aggregate, m.time_pool, m.frame_pool)
 
 # %% ../nbs/41_checkpoints.ipynb #3df1db93
 def rng_state()->dict:
@@ -46,7 +51,7 @@ def set_rng_state(
     torch.set_rng_state(read(state["torch"]))
     if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all([read(s) for s in state["cuda"]])
 
-# %% ../nbs/41_checkpoints.ipynb #eb7cd997
+# %% ../nbs/41_checkpoints.ipynb #48c2f88d
 def _optimizer_tensors(optimizer)->dict:
     "An optimizer's state as one flat dict of tensors: 'index.name'."
     return {f"{i}.{k}": v.detach().cpu().contiguous().clone() for i, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
@@ -58,35 +63,37 @@ def save_checkpoint(
     temperature,   # the loss's temperature module
     optimizer,     # any torch optimizer whose state is tensors
     state:dict,    # JSON: what else is needed to go on
+    rng:list|None=None, # `rng_state` of each rank; None = of this process
 )->Path:           # the checkpoint's folder
     "Write one checkpoint so that it is whole or absent."
     from safetensors.torch import save
     folder = Path(run)/"checkpoints"; final, part = folder/f"step_{step:08d}", folder/f".part_{step:08d}_{os.getpid()}"
     if final.exists(): return final
-    for old in folder.glob(".part_*"): shutil.rmtree(old)
+    for old in folder.glob(".*_*"): shutil.rmtree(old)  # what a killed process left half-written or half-deleted
     model.save_pretrained(part)
     write_atomic(part/"temperature.safetensors", save({k: v.detach().cpu() for k, v in temperature.state_dict().items()}))
     write_atomic(part/"optimizer.safetensors", save(_optimizer_tensors(optimizer)))
-    write_json(part/"state.json", {"format": FORMAT, "step": step, **state, "rng": rng_state()})
+    write_json(part/"state.json", {"format": FORMAT, "step": step, **state, "rng": rng or [rng_state()]})
     os.rename(part, final); sync_folder(folder)
     return final
 
 def load_checkpoint(
     folder:str|Path, # a checkpoint's folder
     model, temperature, optimizer, # to load into
-)->dict:             # the state that was saved, generators restored
+    rank:int=0,      # of this process
+)->dict:             # the state that was saved, generators restored (where this rank had any)
     "Put model, temperature, optimizer and random generators back."
     from safetensors.torch import load_file
     folder = Path(folder); state = read_json(folder/"state.json")
-    model.load_state_dict(load_file(folder/"model.safetensors")); temperature.load_state_dict(load_file(folder/"temperature.safetensors"))
+    model.read(load_file(folder/"model.safetensors"), folder); temperature.load_state_dict(load_file(folder/"temperature.safetensors"))
     tensors, groups = {}, optimizer.state_dict()["param_groups"]
     for name, value in load_file(folder/"optimizer.safetensors").items():
         i, _, key = name.partition("."); tensors.setdefault(int(i), {})[key] = value
     optimizer.load_state_dict({"state": tensors, "param_groups": groups})
-    set_rng_state(state["rng"])
+    if rank < len(state["rng"]): set_rng_state(state["rng"][rank])
     return state
 
-# %% ../nbs/41_checkpoints.ipynb #7b5f3ae6
+# %% ../nbs/41_checkpoints.ipynb #87683e7b
 def checkpoints(
     run:str|Path, # the run folder
 )->list:          # whole checkpoints, oldest first
@@ -97,10 +104,13 @@ def prune(
     run:str|Path, # the run folder
     keep:int,     # newest ones that stay
     best:int|None=None, # this step stays as well
+    every:int|None=None, # and so do multiples of this
 )->None:
-    "Delete checkpoints that are neither new nor best."
+    "Delete checkpoints that are neither new, nor best, nor milestones; each is renamed first, so that a half-deleted one is none."
     for p in checkpoints(run)[:-keep]:
-        if best is None or p.name != f"step_{best:08d}": shutil.rmtree(p)
+        step = int(p.name[5:])
+        if step == best or (every and step % every == 0): continue
+        shutil.rmtree(p.rename(p.with_name(f".old_{step:08d}")))
 
 # %% ../nbs/41_checkpoints.ipynb #b8cdfb72
 def best_step(
@@ -128,3 +138,34 @@ def load_run(
     model.recipe = from_dict(read_json(top/"recipe.json")) if top else None
     model.step = read_json(folder/"state.json")["step"] if (folder/"state.json").is_file() else step
     return model
+
+# %% ../nbs/41_checkpoints.ipynb #d6cb02dd
+@dataclass
+class Run:
+    "What `fit` returns: where the run is and how it went."
+    path:Path
+    recipe:Recipe
+    step:int           # updates done
+    best:dict|None     # {"step", "value", "rule"} of the best validation
+    @property
+    def metrics(self)->list: return read_lines(self.path/"metrics.jsonl")
+    @property
+    def validations(self)->list: return read_lines(self.path/"val.jsonl")
+    def model(self, which:str="best"): return load_run(self.path, which)
+
+def read_lines(
+    path:str|Path, # a .jsonl file; missing = no lines
+)->list:           # one dict a line
+    "Read JSON lines."
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+def cut_lines(
+    path:str|Path, # a .jsonl file
+    step:int,      # last step to keep
+)->None:
+    "Forget what came after a checkpoint, a half-written last line too."
+    path = Path(path)
+    if not path.is_file(): return
+    whole = [line for line in path.read_text().split("\n")[:-1] if line]
+    write_atomic(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))

@@ -89,26 +89,36 @@ def plain(
 
 SIMILARITIES = {"cosine": (unit, LogScale), "dot": (plain, Band)} # what is done to the tokens, and the temperature that suits them
 
-# %% ../nbs/23_losses.ipynb #07f151fa
+# %% ../nbs/23_losses.ipynb #5e27cbf2
 class GroundingLoss(nn.Module):
-    "InfoNCE + weighted non-negative pressure + the temperature's penalty."
+    "InfoNCE + weighted non-negative pressure + the temperature's penalty + what else is asked for."
     def __init__(self,
         temperature:Temperature|None=None, # None: `LogScale()`
         pressure:float=.15, # weight of the non-negative pressure; 0 does without, and without its cost
+        share_global:float=0., # of the contrast: 0 = dense scores alone, 1 = scores of whole clips alone
     ):
         super().__init__()
         if pressure < 0: raise ValueError(f"GroundingLoss: pressure={pressure} is a weight, 0 or more.")
-        self.temperature, self.pressure = LogScale() if temperature is None else temperature, pressure
+        if not 0 <= share_global <= 1: raise ValueError(f"GroundingLoss: share_global={share_global}; expected a share from 0 to 1.")
+        self.temperature, self.pressure, self.share_global = LogScale() if temperature is None else temperature, pressure, share_global
     def forward(self,
-        scores:Tensor, # (N, N), audio rows
+        scores:Tensor|None,        # (N, N), audio rows; None where whole clips have the whole share
         pressure:Tensor|None=None, # scalar from `max_mean(..., pressure=True)`; needed where its weight is not 0
         weight:Tensor|None=None,   # (N, N) weights of the negatives, see `info_nce`
+        global_scores:Tensor|None=None, # (N, N) of whole clips; needed where they have a share
+        extra:dict[str, Tensor]|None=None, # more terms, weighted already
     )->tuple[Tensor, dict[str, Tensor]]: # the loss, and its terms and the scale, detached
-        scale = self.temperature()
-        terms = {"contrast": info_nce(scores, scale, weight), "temperature": self.temperature.penalty()}
+        scale, terms = self.temperature(), {}
+        for name, given, share in (("contrast", scores, 1 - self.share_global), ("global", global_scores, self.share_global)):
+            if not share: continue
+            if given is None: raise ValueError(f"GroundingLoss: share_global={self.share_global} needs {'scores' if name == 'contrast' else 'global_scores'}, and none were given.")
+            terms[name] = share*info_nce(given, scale, weight)
+        terms["temperature"] = self.temperature.penalty()
         if self.pressure:
             if pressure is None: raise ValueError("GroundingLoss: its pressure has weight "
                                                   f"{self.pressure}, and none was given. Use `max_mean(..., pressure=True)`.")
             terms["pressure"] = self.pressure * pressure
+        if twice := (terms.keys() | {"scale", "loss"}) & (extra or {}).keys(): raise ValueError(f"GroundingLoss: extra terms need names of their own; got {', '.join(sorted(twice))}.")
+        terms |= extra or {}
         loss = sum(terms.values())
         return loss, {k: v.detach() for k, v in (terms | {"scale": scale}).items()}

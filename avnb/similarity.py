@@ -30,33 +30,33 @@ def volume(
 
 def _wide(dtype:torch.dtype)->torch.dtype: return torch.promote_types(dtype, torch.float32)
 
-# %% ../nbs/22_similarity.ipynb #42aea7f3
-def _check(audio:Tensor, image:Tensor, keep:Tensor|None)->tuple[Tensor, Tensor]:
+# %% ../nbs/22_similarity.ipynb #87cca5a1
+def _check(audio:Tensor, image:Tensor, keep:Tensor|None, who:str="max_mean")->tuple[Tensor, Tensor]:
     "The operands in one dtype, or a ValueError that says which of them does not fit."
     given = f"audio {tuple(audio.shape)} {audio.dtype} on {audio.device}, image {tuple(image.shape)} {image.dtype} on {image.device}"
     if audio.ndim != 3 or image.ndim != 3 or audio.shape[2] != image.shape[2]:
-        raise ValueError(f"max_mean: needs audio (A, T, D) and image (V, P, D) with the same D; got {given}.")
-    if 0 in audio.shape or 0 in image.shape: raise ValueError(f"max_mean: an empty side has no maximum and no mean; got {given}.")
-    if audio.device != image.device: raise ValueError(f"max_mean: both sides must be on one device; got {given}.")
-    if not (audio.is_floating_point() and image.is_floating_point()): raise ValueError(f"max_mean: needs floating-point tokens; got {given}.")
+        raise ValueError(f"{who}: needs audio (A, T, D) and image (V, P, D) with the same D; got {given}.")
+    if 0 in audio.shape or 0 in image.shape: raise ValueError(f"{who}: an empty side has no maximum and no mean; got {given}.")
+    if audio.device != image.device: raise ValueError(f"{who}: both sides must be on one device; got {given}.")
+    if not (audio.is_floating_point() and image.is_floating_point()): raise ValueError(f"{who}: needs floating-point tokens; got {given}.")
     if audio.dtype != image.dtype:
         if not torch.is_autocast_enabled(audio.device.type):
-            raise ValueError(f"max_mean: both sides need one dtype; got {given}. Convert one, e.g. `image.to(audio.dtype)`.")
+            raise ValueError(f"{who}: both sides need one dtype; got {given}. Convert one, e.g. `image.to(audio.dtype)`.")
         common = torch.promote_types(audio.dtype, image.dtype)
         audio, image = audio.to(common), image.to(common)
-    if keep is not None: _check_keep(audio, keep)
+    if keep is not None: _check_keep(audio, keep, who)
     return audio, image
 
-# %% ../nbs/22_similarity.ipynb #798c57e4
-def _check_keep(audio:Tensor, keep:Tensor)->None:
+# %% ../nbs/22_similarity.ipynb #338236f4
+def _check_keep(audio:Tensor, keep:Tensor, who:str)->None:
     "A ValueError if the mask does not fit, or keeps nothing of some clip."
     if keep.shape != audio.shape[:2] or keep.dtype != torch.bool or keep.device != audio.device:
-        raise ValueError(f"max_mean: `keep` must be bool {tuple(audio.shape[:2])}, True where a token counts, on {audio.device}; "
+        raise ValueError(f"{who}: `keep` must be bool {tuple(audio.shape[:2])}, True where a token counts, on {audio.device}; "
                          f"got {keep.dtype} {tuple(keep.shape)} on {keep.device}.")
     heard = keep.any(1)
     if not heard.all():
         silent = (~heard).nonzero().flatten().tolist()
-        raise ValueError(f"max_mean: no token is kept in audio row(s) {silent[:8]} of {len(keep)}, so their mean is undefined. "
+        raise ValueError(f"{who}: no token is kept in audio row(s) {silent[:8]} of {len(keep)}, so their mean is undefined. "
                          "Drop silent clips first: `collate(..., drop_silent=True)`.")
 
 # %% ../nbs/22_similarity.ipynb #f3c7745e
@@ -173,13 +173,28 @@ def _bag_audio(
         weights = (share[clips, :, None] * weight[clips, None]).reshape(-1, V)
         grad[clips] += embedding_bag(rows, table, mode="sum", per_sample_weights=weights).view(-1, T, D)
 
-# %% ../nbs/22_similarity.ipynb #bd13e6ee
+# %% ../nbs/22_similarity.ipynb #9226657f
 def _order(x:Tensor)->Tensor:
     "Stable ascending order of each row."
     if x.device.type == "cpu": return torch.from_numpy(np.argsort(x.numpy(), axis=1, kind="stable")) # a radix sort for 16 bits
     return torch.sort(x, dim=1, stable=True).indices
 
-# %% ../nbs/22_similarity.ipynb #487639a2
+def _deal(
+    table:Tensor,  # (R, D) what is dealt
+    to:Tensor,     # (G, E) who receives each entry, among N
+    row:Tensor|None, # (G, E) the entry's row of the table; None: its own number
+    weight:Tensor, # (G, E)
+    N:int,
+)->Tensor:         # (G, N, D)
+    "Weighted sums of rows, in each group by receiver."
+    (G, E), order = to.shape, _order(to)
+    receivers = torch.arange(N, device=to.device, dtype=torch.int32)
+    starts = torch.searchsorted(to.gather(1, order).int(), receivers.expand(G, N).contiguous())
+    starts += E * torch.arange(G, device=to.device)[:, None]
+    row = order if row is None else row.gather(1, order)
+    return embedding_bag(row.view(-1), table, starts.view(-1), mode="sum", per_sample_weights=weight.gather(1, order).reshape(-1)).view(G, N, -1)
+
+# %% ../nbs/22_similarity.ipynb #8e25f450
 def _bag_image(
     grad:Tensor,   # (V, P, D) gradient of the image tokens, added to
     audio:Tensor,  # (A, T, D)
@@ -191,17 +206,12 @@ def _bag_image(
     "Give every patch the audio tokens that it answered."
     (V, P, D), R = grad.shape, index.shape[0] * index.shape[1]
     table = audio.reshape(R, D).to(grad.dtype)
-    patches = torch.arange(P, device=grad.device, dtype=torch.int32)
     step = max(1, int(budget / (R * 24)))
     for v in range(0, V, step):
         images = slice(v, v + step)
         won = index[..., images].reshape(R, -1).T.contiguous()
-        order = _order(won)
-        starts = torch.searchsorted(won.gather(1, order).int(), patches.expand(len(won), P).contiguous())
-        starts += R * torch.arange(len(won), device=grad.device)[:, None]
-        weights = (share[..., None] * weight[:, None, images]).reshape(R, -1).T.gather(1, order)
-        bags = embedding_bag(order.view(-1), table, starts.view(-1), mode="sum", per_sample_weights=weights.reshape(-1))
-        grad[images] += bags.view(-1, P, D)
+        weights = (share[..., None] * weight[:, None, images]).reshape(R, -1).T
+        grad[images] += _deal(table, won, None, weights, P)
 
 # %% ../nbs/22_similarity.ipynb #ab57c691
 def _visit(
@@ -258,7 +268,23 @@ class _MaxMean(Function):
             grad_image = side(image, heard, _bag_image, half[1]) if ctx.needs_input_grad[1] else None
         return grad_audio, grad_image, None, None, None, None, None
 
-# %% ../nbs/22_similarity.ipynb #3e97eb91
+# %% ../nbs/22_similarity.ipynb #47ff7c37
+def _tile(
+    tile:tuple[int, int]|float|None, # as the caller gave it
+    audio:Tensor, image:Tensor, # (A, T, D), (V, P, D)
+    heads:int,    # volumes held side by side
+    who:str,
+)->tuple[tuple[int, int], float]: # block as (clips, images), working memory in bytes
+    "The block to use."
+    (A, T, _), (V, P, _), device = audio.shape, image.shape, audio.device.type
+    mib = tile if isinstance(tile, (int, float)) else 4 if device == "cpu" else 128
+    if mib <= 0 or (isinstance(tile, tuple) and (len(tile) != 2 or min(tile) < 1)):
+        raise ValueError(f"{who}: tile={tile}; needed (clips, images), each at least 1, or a number of MiB above 0.")
+    budget = mib * 2**20
+    if not isinstance(tile, tuple): tile = plan_tile(A, V, T * P * heads, budget, _wide(audio.dtype).itemsize)
+    return (min(tile[0], A), min(tile[1], V)), budget
+
+# %% ../nbs/22_similarity.ipynb #4853dfba
 def max_mean(
     audio:Tensor, # (A, T, D) audio tokens, any floating dtype
     image:Tensor, # (V, P, D) image tokens, same dtype and device
@@ -270,12 +296,7 @@ def max_mean(
     audio, image = _check(audio, image, keep)
     device, wide = audio.device.type, _wide(audio.dtype)
     if pressure or (device == "cpu" and not _fast_half(audio.dtype)): audio, image = audio.to(wide), image.to(wide)
-    mib = tile if isinstance(tile, (int, float)) else 4 if device == "cpu" else 128
-    if mib <= 0 or (isinstance(tile, tuple) and (len(tile) != 2 or min(tile) < 1)):
-        raise ValueError(f"max_mean: tile={tile}; needed (clips, images), each at least 1, or a number of MiB above 0.")
-    budget = mib * 2**20
-    if not isinstance(tile, tuple): tile = plan_tile(len(audio), len(image), audio.shape[1] * image.shape[1], budget, wide.itemsize)
-    tile = min(tile[0], len(audio)), min(tile[1], len(image))
+    tile, budget = _tile(tile, audio, image, 1, "max_mean")
     needed = tuple(torch.is_grad_enabled() and x.requires_grad for x in (audio, image))
     with torch.autocast(device, enabled=False):
         scores, p = _MaxMean.apply(audio, image, keep, tile, budget, pressure, needed)
