@@ -119,7 +119,7 @@ def load_adapters(
 
 def describe(state:dict, name:str)->str: return f"of shape {tuple(state[name].shape)}" if name in state else "missing"
 
-# %% ../nbs/20_adapters.ipynb #46111230
+# %% ../nbs/20_adapters.ipynb #92165c18
 def merge(
     encoder:nn.Module, # a tower, with adapters or without
 )->nn.Module:          # a plain copy that gives the same outputs
@@ -130,6 +130,6 @@ def merge(
         layer.merge()
         above, _, last = name.rpartition(".")
         setattr(merged.model.get_submodule(above), last, layer.base_layer)
-    merged.lora = None
+    merged.lora = merged.source = None  # these weights are nobody else's any more
     if hasattr(merged.model, "peft_config"): del merged.model.peft_config
     return merged.requires_grad_(True)

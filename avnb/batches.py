@@ -6,7 +6,7 @@
 __all__ = ['DRAWS', 'Column', 'working_size', 'open_jpeg', 'open_png', 'ClipDataset', 'pick_track', 'finish', 'collate',
            'audible', 'InOrder', 'Loader', 'loader', 'VideoSampler', 'View', 'ImageView', 'AudioView']
 
-# %% ../nbs/13_batches.ipynb #c81db875
+# %% ../nbs/13_batches.ipynb #81624132
 import io
 
 import numpy as np
@@ -16,11 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .augmentation import AudioView, ImageView, View, boxes, colours, crop, crop_labels, draws, gains, paint, pick_frames, waveforms
+from .augmentation import AudioView, ImageView, View, boxes, colours, crop, crop_labels, draws, gains, in_spans, paint, pick_frames, splice_batch, waveforms
 from .core import settings, to_iso
 from .groups import VideoSampler
 from .rows import StoreConfig, loudest_db
-from .splices import inside, splice_batch
 
 # %% ../nbs/13_batches.ipynb #5787d5c5
 _all_ = ["VideoSampler", "View", "ImageView", "AudioView"] # importable from here, too
@@ -194,7 +193,7 @@ def raw(self:ClipDataset,
     if view.mask: out["labels"] = torch.stack([torch.stack([crop_labels(f, *w, size) for f in p["labels"]]) for p, w in zip(parts, where, strict=True)])
     return out if view.frames > 1 else out | {k: out[k][:, 0] for k in ("frames", "time", "labels") if k in out}
 
-# %% ../nbs/13_batches.ipynb #ebdabcd0
+# %% ../nbs/13_batches.ipynb #2bb94169
 def finish(
     raw:dict, # from `ClipDataset.raw`, on any device
 )->dict:      # image (B,3,size,size), audio and keep (B,S), row (B,) in the store, time (B,) of the frame in s from the sound's start, ...
@@ -203,7 +202,7 @@ def finish(
     audio, keep = waveforms(raw["pcm"], raw["n"], raw["gain"])
     out = dict(image=paint(raw["frames"], raw["matrix"], raw["offset"]), audio=audio, keep=keep)
     if "labels" in raw: out["mask"] = raw["labels"]
-    if "splice" in raw: out["spliced"] = inside(raw["splice"], audio.shape[1])
+    if "splice" in raw: out["spliced"] = in_spans(raw["splice"], audio.shape[1])
     return out | {k: raw[k] for k in ("row", "time", "offset_s", "language")}
 
 # %% ../nbs/13_batches.ipynb #057d26e3

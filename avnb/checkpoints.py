@@ -51,7 +51,7 @@ def set_rng_state(
     torch.set_rng_state(read(state["torch"]))
     if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all([read(s) for s in state["cuda"]])
 
-# %% ../nbs/41_checkpoints.ipynb #48c2f88d
+# %% ../nbs/41_checkpoints.ipynb #5130c633
 def _optimizer_tensors(optimizer)->dict:
     "An optimizer's state as one flat dict of tensors: 'index.name'."
     return {f"{i}.{k}": v.detach().cpu().contiguous().clone() for i, state in optimizer.state_dict()["state"].items() for k, v in state.items()}
@@ -77,6 +77,7 @@ def save_checkpoint(
     os.rename(part, final); sync_folder(folder)
     return final
 
+# %% ../nbs/41_checkpoints.ipynb #d212699c
 def load_checkpoint(
     folder:str|Path, # a checkpoint's folder
     model, temperature, optimizer, # to load into

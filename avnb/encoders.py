@@ -19,21 +19,24 @@ from torch.nn import functional as nnf
 from .adapters import base_rests, learn
 from .core import AUDIO_HZ, TOKEN_HZ, nearest, read_json
 
-# %% ../nbs/20_encoders.ipynb #fd293d37
+# %% ../nbs/20_encoders.ipynb #b02c6117
 class Encoder(nn.Module):
     "What all towers share; a subclass gives `encode`, `dim` and `spec`."
     dim:int                # numbers in a token
     pretrained:bool=False  # do its weights come from somewhere else?
     frozen:bool=False
+    wanted:bool=True       # in training mode, were it not frozen
     source:str|None=None   # hub id or folder they came from
     lora:dict|None=None    # rank, alpha, targets of adapters, below which the weights never learn
 
     def freeze(self, frozen:bool=True)->"Encoder":
         "Stop (or go on) learning: no gradient, no graph, no dropout, no masking."
         self.frozen = frozen
-        return learn(self, not frozen).train(self.training)
+        return learn(self, not frozen).train(self.wanted)
 
-    def train(self, mode:bool=True): return base_rests(super().train(mode and not self.frozen))
+    def train(self, mode:bool=True):
+        self.wanted = mode     # what a frozen tower returns to when it learns again
+        return base_rests(super().train(mode and not self.frozen))
 
     def forward(self, *inputs):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen): return self.encode(*inputs)
@@ -211,7 +214,7 @@ class ToyImage(Encoder):
         if image.shape[-1] % 8 or image.shape[-2] % 8: raise ValueError(f"image tower: {image.shape[-1]} x {image.shape[-2]} px is not a multiple of its patch, 8.")
         return self.net(image.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
 
-# %% ../nbs/20_encoders.ipynb #4c9c5274
+# %% ../nbs/20_encoders.ipynb #a7085759
 PUBLISHED = {
     "facebook/hubert-base-ls960": {"kind": "hubert", "config": {}},  # the defaults of HubertConfig
     "facebook/dinov2-small": {"kind": "dinov2", "config": dict(hidden_size=384, num_attention_heads=6, num_hidden_layers=12, mlp_ratio=4, patch_size=14, image_size=518)},
@@ -220,6 +223,7 @@ _KINDS = {"hubert": ("HubertConfig", "HubertModel"), "dinov2": ("Dinov2Config", 
           "dinov2_with_registers": ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel")}
 AUDIO_KINDS, IMAGE_KINDS = ("toy-audio", "hubert"), ("toy-image", "dinov2", "vit", "dinov2_with_registers")
 
+# %% ../nbs/20_encoders.ipynb #fae2764b
 def build_encoder(
     spec:dict, # from `Encoder.spec()`
 )->Encoder:    # with fresh weights
@@ -250,6 +254,7 @@ def load_encoder(
     "A tower with its pretrained weights, of either kind; ValueError for a model that is neither."
     return _pretrained(name, AUDIO_KINDS + IMAGE_KINDS)
 
+# %% ../nbs/20_encoders.ipynb #04611d97
 def _by_name(name:str, pretrained:bool, toy, kinds)->Encoder:
     if name == "toy": return toy()
     if pretrained: return _pretrained(name, kinds)

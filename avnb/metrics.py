@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ranks', 'retrieval', 'bootstrap', 'to_size', 'pointing_each', 'pointing', 'ciou_each', 'ciou', 'area_matched',
-           'area_matched_iou', 'best_iou', 'segmentation', 'random_heat', 'centre_heat', 'everything',
+           'area_matched_iou', 'best_iou', 'segmentation', 'ap_dis', 'random_heat', 'centre_heat', 'everything',
            'contrast_saliency']
 
 # %% ../nbs/30_metrics.ipynb #8658ccfd
@@ -172,6 +172,81 @@ def segmentation(
         out |= {f"AP/{name}": float(average_precision_score(g.flatten().cpu(), h.flatten().cpu())), f"IoU/{name}": best_iou(h, g)}
     mean = lambda kind: float(np.mean([v for k, v in out.items() if k.startswith(kind)]))
     return {"mAP": mean("AP/"), "mIoU": mean("IoU/"), "n": len(heat), **out}
+
+# %% ../nbs/30_metrics.ipynb #45efd77b
+def _level_counts(
+    heat:Tensor,  # (N, H*W)
+    truth:Tensor, # (N, H*W) 0 or 1
+    most:int=1000,# levels, which are quantiles
+)->Tensor:        # (2, N, most) positives and negatives of each clip at each level, highest first
+    "What average precision needs to know of maps."
+    levels = heat.flatten().sort().values[torch.linspace(0, heat.numel() - 1, most).long()]
+    at = most - torch.searchsorted(levels, heat, right=True)
+    every, hits = torch.zeros(len(heat), most), torch.zeros(len(heat), most)
+    every.scatter_add_(1, at, torch.ones(()).expand_as(heat)); hits.scatter_add_(1, at, truth)
+    return torch.stack([hits, every - hits]).double()
+
+def _exact_ap(
+    heat:Tensor,  # (n,)
+    truth:Tensor, # (n,) 0 or 1
+)->Tensor:
+    "Average precision, a level for each distinct value."
+    value, order = heat.sort(descending=True)
+    last = torch.cat([value[1:] != value[:-1], torch.ones(1, dtype=torch.bool)]).nonzero()[:, 0] # of each level
+    hit = truth[order].double().cumsum(0)[last]
+    return (hit.diff(prepend=hit.new_zeros(1)) * hit / (last + 1)).sum() / hit[-1]
+
+def _counted_ap(
+    hits:Tensor,   # (R, B) positives at each level, highest first
+    misses:Tensor, # (R, B) negatives
+)->Tensor:         # (R,)
+    "Average precision of counts."
+    hit, miss = hits.cumsum(-1), misses.cumsum(-1)
+    return (hits * hit / (hit + miss).clamp(min=1)).sum(-1) / hit[:, -1]
+
+# %% ../nbs/30_metrics.ipynb #09f88661
+def _by_head_and_kind(heats, truth, speech, every:bool, ap)->Tensor:
+    "`ap(heat, truth, seen)` for each head and kind: (..., K, 2)."
+    found = []
+    for heat in heats:
+        for mine in (speech, ~speech):
+            seen = mine | every
+            found.append(ap(heat[seen], (truth * mine[:, None])[seen], seen))
+    return torch.stack(found, -1).unflatten(-1, (-1, 2))
+
+def _assignments(heads:int)->list: return [(a, b) for a in range(heads) for b in range(heads) if a != b or heads == 1]
+
+def _assigned(table:Tensor)->Tensor: # (..., K, 2) -> (..., assignments)
+    "Half the sum of a head's AP at speech and another one's at sound, for each assignment."
+    return torch.stack([(table[..., a, 0] + table[..., b, 1])/2 for a, b in _assignments(table.shape[-2])], -1)
+
+# %% ../nbs/30_metrics.ipynb #212f6470
+def ap_dis(
+    heats:Tensor,     # (K, N, H, W) maps of each head, at the size of the truth
+    truth:Tensor,     # (N, H, W) bool or 0/1: what is named, or what sounds
+    is_speech:Tensor, # (N,) bool: clips of speech; the others are of sound
+    every:bool=False, # a head sees clips of the other kind as well, in which nothing is its to find
+    n:int=1000,       # resamples of the clips, within each kind
+    seed:int=0,       # of the resampling
+)->dict:              # AP-dis, lo, hi; speech_head, sound_head; AP/speech, AP/sound; together, shuffled, chance; n
+    "How well heads share speech and sound among them, with a 95 % interval, and what there is without telling heads apart."
+    if heats.ndim != 4: raise ValueError(f"ap_dis: needs heats (K, N, H, W), one map a head and clip; got {tuple(heats.shape)}.")
+    flat, mask = zip(*(_maps("ap_dis", h.cpu(), truth) for h in heats), strict=True)
+    heats, mask, speech = torch.stack(flat), mask[0], torch.as_tensor(is_speech).bool().cpu()
+    if speech.shape != (len(mask),) or not (speech.any() and (~speech).any()):
+        raise ValueError(f"ap_dis: is_speech {tuple(speech.shape)}, {int(speech.sum())} of them speech, for {len(mask)} clips; needed one value a clip, and clips of both kinds.")
+    for kind in (speech, ~speech): _objects("ap_dis", mask[kind].sum(0)[None])
+    exact = _by_head_and_kind((*heats, heats.amax(0)), mask, speech, every, lambda h, g, _: _exact_ap(h.flatten(), g.flatten()))
+    draw, counts = torch.Generator().manual_seed(seed), torch.zeros(n, len(speech), dtype=torch.float64)
+    for rows in (speech.nonzero()[:, 0], (~speech).nonzero()[:, 0]):
+        counts.scatter_add_(1, rows[torch.randint(len(rows), (n, len(rows)), generator=draw)], torch.ones(n, len(rows), dtype=torch.float64))
+    again = _assigned(_by_head_and_kind(heats, mask, speech, every, lambda h, g, seen: _counted_ap(*(counts[:, seen] @ x for x in _level_counts(h, g))))).amax(1)
+    lo, hi = again.quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
+    pairs = _assigned(exact[:-1])
+    (a, b), value = _assignments(len(heats))[int(pairs.argmax())], pairs.max().item()
+    chance = mask.mean()/2 if every else (mask[speech].mean() + mask[~speech].mean())/2
+    return {"AP-dis": value, "lo": min(lo, value), "hi": max(hi, value), "speech_head": a, "sound_head": b, "AP/speech": exact[a, 0].item(), "AP/sound": exact[b, 1].item(),
+            "together": exact[-1].mean().item(), "shuffled": pairs.mean().item(), "chance": chance.item(), "n": len(speech)}
 
 # %% ../nbs/30_metrics.ipynb #38e1cf98
 def random_heat(

@@ -38,7 +38,7 @@ class Centred(nn.Module):
 
 HEADS = {"linear": Linear, "centred": Centred}
 
-# %% ../nbs/24_models.ipynb #25235434
+# %% ../nbs/24_models.ipynb #4b064006
 class DenseAligner(nn.Module):
     "Audio tokens and image tokens in one space (grounding)."
     def __init__(self,
@@ -61,12 +61,9 @@ class DenseAligner(nn.Module):
         self.facts = dict(dim=dim, similarity=similarity, head=head, heads=heads, pool=pool, aggregate=aggregate, time_pool=time_pool, frame_pool=frame_pool)
         self.audio_head, self.image_head = (HEADS[head](tower.dim, dim) for tower in (audio, image))
 
-    def ready(self, tokens:Tensor)->Tensor:  # (..., D): each head's slice of length 1 where similarity is cosine
-        return SIMILARITIES[self.facts["similarity"]][0](tokens.unflatten(-1, (self.facts["heads"], -1))).flatten(-2)
-
     def grid(self, height:int, width:int)->tuple: return self.image.grid(height, width)  # (h, w), h*w = P
 
-# %% ../nbs/24_models.ipynb #e0707154
+# %% ../nbs/24_models.ipynb #2b92ec6b
 @patch
 def towers(self:DenseAligner,
     batch:dict, # `audio` (B, S), `keep` (B, S), `image` (B, 3, H, W) or (B, F, 3, H, W); or, from a cache, `audio_tokens`, `audio_keep`, `image_tokens`
@@ -90,6 +87,7 @@ def project(self:DenseAligner,
         audio, flat = self.ready(self.audio_head(audio.to(wide), keep)), self.ready(self.image_head(flat.to(wide)))
         return dict(audio=audio, keep=keep, image=flat.unflatten(0, image.shape[:2]) if image.ndim == 4 else flat)
 
+# %% ../nbs/24_models.ipynb #dd0e1e99
 @patch
 def embed_audio(self:DenseAligner,
     audio:Tensor,          # (B, S) at 16 kHz in [-1, 1]
@@ -109,6 +107,10 @@ def embed_image(self:DenseAligner,
 
 @patch
 def forward(self:DenseAligner, batch:dict)->dict: return self.project(self.towers(batch))
+
+@patch
+def ready(self:DenseAligner, tokens:Tensor)->Tensor:  # (..., D): each head's slice of length 1 where similarity is cosine
+    return SIMILARITIES[self.facts["similarity"]][0](tokens.unflatten(-1, (self.facts["heads"], -1))).flatten(-2)
 
 # %% ../nbs/24_models.ipynb #a1f69549
 def token_loudness(

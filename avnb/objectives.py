@@ -53,7 +53,7 @@ def row_labels(
         out.append(zlib.crc32(str(name).encode()) if name not in ("", None) else -1)
     return torch.tensor(out)
 
-# %% ../nbs/25_objectives.ipynb #6cad548e
+# %% ../nbs/25_objectives.ipynb #cf21484d
 class Grounding(nn.Module):
     "Scores, negatives and regularisers of dense grounding: from tokens to the loss."
     def __init__(self,
@@ -73,7 +73,7 @@ class Grounding(nn.Module):
         kind = c.pressure_kind if c.pressure else None
         scores, press = pair_scores(audio, image.flatten(0, 1) if frames else image, keep, heads=m.heads, pool=m.pool, aggregate=m.aggregate, pressure=kind,
                                     pairs=c.pressure_pairs, seed=zlib.crc32(f"{self.seed} {step} {rank}".encode()))
-        if frames: scores = frame_scores(scores.unflatten(1, (-1, frames)), m.frame_pool)
+        if frames: scores = frame_scores(scores.unflatten(1, (-1, frames)), m.frame_pool, scale=self.temperature().detach())
         if kind and world > 1:
             n = keep.sum().to(press)
             press = gather((press*n)[None], world).sum() / gather(n[None], world).sum()

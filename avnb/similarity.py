@@ -268,11 +268,10 @@ class _MaxMean(Function):
             grad_image = side(image, heard, _bag_image, half[1]) if ctx.needs_input_grad[1] else None
         return grad_audio, grad_image, None, None, None, None, None
 
-# %% ../nbs/22_similarity.ipynb #47ff7c37
+# %% ../nbs/22_similarity.ipynb #1dae31e2
 def _tile(
     tile:tuple[int, int]|float|None, # as the caller gave it
     audio:Tensor, image:Tensor, # (A, T, D), (V, P, D)
-    heads:int,    # volumes held side by side
     who:str,
 )->tuple[tuple[int, int], float]: # block as (clips, images), working memory in bytes
     "The block to use."
@@ -281,10 +280,10 @@ def _tile(
     if mib <= 0 or (isinstance(tile, tuple) and (len(tile) != 2 or min(tile) < 1)):
         raise ValueError(f"{who}: tile={tile}; needed (clips, images), each at least 1, or a number of MiB above 0.")
     budget = mib * 2**20
-    if not isinstance(tile, tuple): tile = plan_tile(A, V, T * P * heads, budget, _wide(audio.dtype).itemsize)
+    if not isinstance(tile, tuple): tile = plan_tile(A, V, T * P, budget, _wide(audio.dtype).itemsize)
     return (min(tile[0], A), min(tile[1], V)), budget
 
-# %% ../nbs/22_similarity.ipynb #4853dfba
+# %% ../nbs/22_similarity.ipynb #32877118
 def max_mean(
     audio:Tensor, # (A, T, D) audio tokens, any floating dtype
     image:Tensor, # (V, P, D) image tokens, same dtype and device
@@ -296,7 +295,7 @@ def max_mean(
     audio, image = _check(audio, image, keep)
     device, wide = audio.device.type, _wide(audio.dtype)
     if pressure or (device == "cpu" and not _fast_half(audio.dtype)): audio, image = audio.to(wide), image.to(wide)
-    tile, budget = _tile(tile, audio, image, 1, "max_mean")
+    tile, budget = _tile(tile, audio, image, "max_mean")
     needed = tuple(torch.is_grad_enabled() and x.requires_grad for x in (audio, image))
     with torch.autocast(device, enabled=False):
         scores, p = _MaxMean.apply(audio, image, keep, tile, budget, pressure, needed)

@@ -6,7 +6,7 @@
 __all__ = ['INTERVALS', 'expand', 'run_one', 'sweep', 'over_seeds', 'over_clips', 'aggregate', 'table', 'as_markdown', 'publish',
            'main']
 
-# %% ../nbs/44_sweeps.ipynb #21416f5a
+# %% ../nbs/44_sweeps.ipynb #249ad427
 import argparse, fcntl, itertools, json, os, re, signal, subprocess, sys, threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .core import FORMAT, read_json, settings, stable_hash, write_atomic, write_json
 from .metrics import bootstrap
-from .recipes import Recipe, differences, from_dict, recipe as make_recipe, to_dict
+from .recipes import differences, from_dict, recipe as make_recipe, to_dict
 from .results import measure
 from .training import fit, read_lines
 
@@ -71,7 +71,7 @@ def run_one(
         if _state(folder, recipe) != "finished": measure(fit(recipe, folder), command=plan["command"])
     return folder/"results.json"
 
-# %% ../nbs/44_sweeps.ipynb #3533679f
+# %% ../nbs/44_sweeps.ipynb #60a8cb01
 def _at(folder)->str:
     "How far a run is, for the bar."
     file = Path(folder)/"metrics.jsonl"
@@ -84,6 +84,7 @@ def _in_child(out, name, say)->str|None:
     "Run one in a process of its own, its words in log.txt; what went wrong, or None."
     (out/name).mkdir(parents=True, exist_ok=True)
     with open(out/name/"log.txt", "ab") as log:
+        begin = log.tell()
         child = subprocess.Popen([sys.executable, "-m", "avnb.sweeps", "--one", str(out.resolve()), name, "--with_parent"], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True)
         try:
@@ -97,10 +98,11 @@ def _in_child(out, name, say)->str|None:
             except KeyboardInterrupt: child.kill(); child.wait()
             raise
     if child.returncode == 0: return None
-    lines = [line for line in (out/name/"log.txt").read_text(errors="replace").splitlines() if line.strip()]
-    return f"killed by signal {-child.returncode}" if child.returncode < 0 else lines[-1].strip() if lines else f"exit status {child.returncode}"
+    lines = [line for line in (out/name/"log.txt").read_bytes()[begin:].decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return f"killed by signal {-child.returncode}" if child.returncode < 0 else (errors or lines or [f"exit status {child.returncode}"])[-1]
 
-# %% ../nbs/44_sweeps.ipynb #9414a2a1
+# %% ../nbs/44_sweeps.ipynb #951b16ef
 def sweep(
     recipes:dict,     # {name: Recipe}
     out:str|Path,     # folder: plan.json, a run folder a name, sweep.json
@@ -109,9 +111,9 @@ def sweep(
 )->Path:              # sweep.json, what `aggregate` gives
     "Run what is not finished yet, one after the other, and write the aggregate. RuntimeError, after all others have run, names the runs that failed."
     out = Path(out)
-    there = read_json(out/"plan.json")["runs"] if (out/"plan.json").is_file() else {}
+    there = read_json(out/"plan.json") if (out/"plan.json").is_file() else {"command": "", "runs": {}}
     state = {name: _state(out/name, recipe) for name, recipe in recipes.items()}
-    write_json(out/"plan.json", {"format": FORMAT, "command": command, "runs": {**there, **{name: to_dict(r) for name, r in recipes.items()}}})
+    write_json(out/"plan.json", {"format": FORMAT, "command": command or there["command"], "runs": {**there["runs"], **{name: to_dict(r) for name, r in recipes.items()}}})
     todo, failed = [name for name in recipes if state[name] != "finished"], {}
     with tqdm(total=len(recipes), initial=len(recipes) - len(todo), desc=out.name, unit="run", disable=not todo) as bar:
         for name in todo:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'threads', 'timed', 'ratios', 'peak_memory', 'broadcast', 'one_product', 'tiled', 'bare', 'tokens', 'step',
-           'expected_memory', 'gradient_error']
+           'expected_memory', 'gradient_error', 'pair_step', 'term_step']
 
-# %% ../nbs/31_timing.ipynb #ab4500c1
+# %% ../nbs/31_timing.ipynb #0e8de658
 import multiprocessing
 import resource
 import sys
@@ -15,10 +15,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from .heads import pair_scores
+from .regularisers import calibration, regularise
 from .similarity import max_mean
 
 # %% ../nbs/31_timing.ipynb #77766a81
@@ -138,21 +141,27 @@ def tokens(
     draw = torch.Generator().manual_seed(seed)
     return tuple((torch.randn(B, n, D, generator=draw) / D**.25).to(dtype).requires_grad_() for n in (T, P))
 
-# %% ../nbs/31_timing.ipynb #9978a258
+# %% ../nbs/31_timing.ipynb #c8ca553c
 def step(
     form:str, # broadcast | one_product | tiled
     shape:tuple[int, int, int, int], # B, T, P, D
     pressure:bool=False,
     dtype:torch.dtype=torch.float32,
 )->Callable: # forward and backward; returns the gradients of audio and image tokens
-    "A training step's share of max-mean, ready to be timed; a tiny one has run, so libraries are awake."
-    def run(audio, image):
-        scores, p = FORMS[form](audio, image, pressure)
-        weight = torch.linspace(-1, 1, scores.numel(), device=scores.device).sin().view_as(scores) / len(scores)
-        return torch.autograd.grad((scores * weight).sum() + p, (audio, image))
-    run(*tokens((2, *shape[1:]), dtype))
-    audio, image = tokens(shape, dtype)
-    return lambda: run(audio, image)
+    "A training step's share of max-mean, ready to be timed."
+    return _awake(lambda audio, image: _weighted(*FORMS[form](audio, image, pressure)), shape, dtype)
+
+def _weighted(scores:Tensor, p:Tensor|float|None)->Tensor:
+    "Some loss of scores and pressure."
+    weight = torch.linspace(-1, 1, scores.numel(), device=scores.device).sin().view_as(scores) / len(scores)
+    return (scores * weight).sum() + (0. if p is None else p)
+
+def _awake(loss:Callable, shape:tuple, dtype:torch.dtype=torch.float32)->Callable:
+    "Forward and backward of a loss of both sides' tokens; a tiny one has run, so libraries are awake."
+    def run(pair): return torch.autograd.grad(loss(*pair), pair)
+    run(tokens((2, *shape[1:]), dtype))
+    pair = tokens(shape, dtype)
+    return lambda: run(pair)
 
 # %% ../nbs/31_timing.ipynb #b3fda11a
 def expected_memory(
@@ -185,3 +194,25 @@ def gradient_error(
     weight = torch.linspace(-1, 1, scores.numel()).sin().view_as(scores) / len(scores)
     truth = torch.autograd.grad((scores * weight).sum() + p, (x, y))
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, truth, strict=True)), moved
+
+# %% ../nbs/31_timing.ipynb #a798b1f2
+def pair_step(
+    shape:tuple[int, int, int, int], # B, T, P, D
+    choices:dict, # what `pair_scores` takes by name
+    dtype:torch.dtype=torch.float32,
+)->Callable: # as `step`
+    "A training step's share of `pair_scores`, ready to be timed."
+    return _awake(lambda audio, image: _weighted(*pair_scores(audio, image, **choices)), shape, dtype)
+
+def term_step(
+    shape:tuple[int, int, int, int], # B, T, P, D
+    names:tuple,  # silence | variation | specialisation, together; ("calibration",) alone
+    heads:int=1,
+)->Callable: # as `step`
+    "A training step's share of regularisers, ready to be timed; every fourth moment is quiet."
+    B, T = shape[:2]
+    scale = torch.tensor(.5, requires_grad=True)
+    if names == ("calibration",): return lambda: torch.autograd.grad(calibration(scale), scale) # it knows no tokens
+    config = SimpleNamespace(**{n: float(n in names) for n in ("silence", "variation", "specialisation", "calibration")})
+    keep, quiet = torch.ones(B, T, dtype=torch.bool), (torch.arange(T) % 4 == 0).expand(B, T)
+    return _awake(lambda audio, image: sum(regularise(audio, keep[:len(audio)], image, scale, config, heads, quiet[:len(audio)]).values()), shape)

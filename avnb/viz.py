@@ -228,14 +228,38 @@ class _Canvas:
         page[h:, w:] = np.asarray(clock)
         return torch.from_numpy(page).permute(2, 0, 1)
 
-# %% ../nbs/02_viz.ipynb #ba5bfc05
+# %% ../nbs/02_viz.ipynb #56cfbd9c
 def _heard(heat, sound, rate_hz, token_hz, silent_db):
-    "The maps (T, h, w), zero where the sound is below `silent_db`."
+    "The maps (T, ...), zero where the sound is below `silent_db`."
     loud = loudness(sound, rate_hz, token_hz)[:len(heat)] > silent_db
     loud = torch.cat([loud, loud[-1:].expand(len(heat) - len(loud))])
-    return heat.where(loud[:, None, None], 0)
+    return heat.where(loud.view(-1, *[1]*(heat.ndim - 1)), 0)
 
-# %% ../nbs/02_viz.ipynb #883b8c27
+# %% ../nbs/02_viz.ipynb #932ef469
+def _agreeing(out, frames, heat, sound, rate_hz, token_hz, frame_times, axes):
+    "Sound and maps as float tensors, and when each frame comes on; ValueError where they cannot belong together."
+    sound, heat = torch.as_tensor(sound).detach().float().cpu(), torch.as_tensor(heat).detach().float().cpu()
+    if sound.ndim != 1 or heat.ndim != axes or not len(frames):
+        raise ValueError(f"{out}: sound {tuple(sound.shape)}, heat {tuple(heat.shape)}, {len(frames)} frames; (S,), (T, {'K, '*(axes == 4)}h, w) and one frame at least are needed.")
+    dur_s = len(sound)/rate_hz
+    if abs(len(heat)/token_hz - dur_s) > max(.1, .01*dur_s):
+        raise ValueError(f"{out}: {len(heat)} maps at {token_hz}/s last {len(heat)/token_hz:.2f} s, the sound {dur_s:.2f} s; they must agree.")
+    if frame_times is None: frame_times = torch.arange(len(frames))*dur_s/len(frames)
+    if len(frame_times) != len(frames): raise ValueError(f"{out}: {len(frame_times)} times were given for {len(frames)} frames.")
+    return sound, heat, frame_times
+
+def _film(out, canvas, frames, heat, sound, fps, rate_hz, token_hz, frame_times):
+    "Draw picture after picture on a canvas, each with the mean of its maps."
+    which, n = -1, int(np.ceil(len(sound)/rate_hz*fps - 1e-6))
+    with VideoWriter(out, canvas.page.shape[:2], fps, {"und": sound.clamp(-1, 1)}, rate_hz) as video:
+        for i in tqdm(range(n), desc="heat video", unit="picture", leave=False, delay=5):
+            frame = max(0, int(torch.searchsorted(frame_times, i/fps + 1e-6, right=True)) - 1)
+            if frame != which: which, under = frame, canvas.under(frames[frame])
+            first = min(int(i*token_hz/fps + 1e-6), len(heat) - 1)
+            video.add(canvas.draw(under, heat[first:max(first + 1, int((i + 1)*token_hz/fps + 1e-6))].mean(0), i/fps))
+    return Path(out)
+
+# %% ../nbs/02_viz.ipynb #e19a3a25
 def heat_video(
     frames:Tensor,                  # (F, 3, H, W) uint8, or float in [0, 1]; any sequence of pictures does
     heat:Tensor,                    # (T, h, w) signed similarity, one map a token
@@ -250,24 +274,10 @@ def heat_video(
     silent_db:float=-60.,           # maps of tokens with less sound than this are not drawn
 )->Path:
     "Similarity over a whole clip, in step with its sound, on one stated scale."
-    sound, heat = torch.as_tensor(sound).detach().float().cpu(), torch.as_tensor(heat).detach().float().cpu()
-    if sound.ndim != 1 or heat.ndim != 3 or not len(frames):
-        raise ValueError(f"{out}: sound {tuple(sound.shape)}, heat {tuple(heat.shape)}, {len(frames)} frames; (S,), (T, h, w) and one frame at least are needed.")
-    dur_s = len(sound)/rate_hz
-    if abs(len(heat)/token_hz - dur_s) > max(.1, .01*dur_s):
-        raise ValueError(f"{out}: {len(heat)} maps at {token_hz}/s last {len(heat)/token_hz:.2f} s, the sound {dur_s:.2f} s; they must agree.")
-    if frame_times is None: frame_times = torch.arange(len(frames))*dur_s/len(frames)
-    if len(frame_times) != len(frames): raise ValueError(f"{out}: {len(frame_times)} times were given for {len(frames)} frames.")
+    sound, heat, frame_times = _agreeing(out, frames, heat, sound, rate_hz, token_hz, frame_times, 3)
     heat = _heard(heat, sound, rate_hz, token_hz, silent_db)
     canvas = _Canvas(frames[0].shape[-2:], sound, rate_hz, _limit(heat, vmax), alpha)
-    which = -1
-    with VideoWriter(out, canvas.page.shape[:2], fps, {"und": sound.clamp(-1, 1)}, rate_hz) as video:
-        for i in tqdm(range(int(np.ceil(dur_s*fps - 1e-6))), desc="heat video", unit="picture", leave=False, delay=5):
-            frame = max(0, int(torch.searchsorted(frame_times, i/fps + 1e-6, right=True)) - 1)
-            if frame != which: which, under = frame, canvas.under(frames[frame])
-            first = min(int(i*token_hz/fps + 1e-6), len(heat) - 1)
-            video.add(canvas.draw(under, heat[first:max(first + 1, int((i + 1)*token_hz/fps + 1e-6))].mean(0), i/fps))
-    return Path(out)
+    return _film(out, canvas, frames, heat, sound, fps, rate_hz, token_hz, frame_times)
 
 # %% ../nbs/02_viz.ipynb #bfe8f5d5
 def show_video(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avnb.batches import AudioView, ClipDataset, View, VideoSampler, loader
+from avnb.batches import AudioView, ClipDataset, View, VideoSampler, finish, loader
 from avnb.media import write_video
 from avnb.rows import StoreConfig
 from avnb.store import open_store, prepare
@@ -86,22 +86,25 @@ def data(tmp_path_factory):
 
 
 VIEW = View(track="random", audio=AudioView(seconds=0.7))
+RICH = View(track="random", audio=AudioView(seconds=0.7), frames=3, splice=0.6)
 
 
 def epochs(load, n=2): return [b for e in range(n) for b in load.set_epoch(e)]
 
 
-def test_processes_and_caches_change_nothing(data):
+@pytest.mark.parametrize("view", [VIEW, RICH], ids=["one frame", "several frames, spliced"])
+def test_processes_and_caches_change_nothing(data, view):
     torch.set_num_threads(1)
     def batches(workers, cache):
-        clips = ClipDataset(data, view=VIEW, cache=cache)
+        clips = ClipDataset(data, view=view, cache=cache)
         return epochs(loader(clips, VideoSampler(clips.groups, 5), workers=workers))
     want = batches(0, False)
     for got in (batches(0, True), batches(2, False)):
         assert len(got) == len(want)
         for a, b in zip(want, got, strict=True):
             assert a["language"] == b["language"]
-            for k in ("image", "audio", "keep", "row", "time"): assert torch.equal(a[k], b[k]), k
+            assert a.keys() == b.keys()
+            for k in a.keys() - {"language"}: assert torch.equal(a[k], b[k]), k
 
 
 @pytest.mark.quick
@@ -123,3 +126,47 @@ def test_a_dataset_travels_without_its_data(data):
     packed = pickle.dumps(clips)
     assert len(packed) < 100_000
     assert torch.equal(pickle.loads(packed)[3]["image"], want["image"])
+
+
+@pytest.mark.quick
+def test_a_run_goes_on_with_the_same_splices(data):
+    clips = ClipDataset(data, view=RICH)
+    load = loader(clips, VideoSampler(clips.groups, 5), workers=0)
+    whole = list(load.set_epoch(3))
+    assert any(b["spliced"].any() for b in whole)
+    for start in range(len(load)):
+        for a, b in zip(whole[start:], load.set_epoch(3, start), strict=True):
+            for k in a.keys() - {"language"}: assert torch.equal(a[k], b[k]), (start, k)
+        load.set_epoch(3)
+
+
+@pytest.mark.quick
+@settings(deadline=None, max_examples=25)
+@given(frames=st.integers(1, 7), splice=st.sampled_from([0.0, 0.3, 1.0]), frame=st.sampled_from(["random", "middle"]), epoch=st.integers(0, 9), n=st.integers(1, 8))
+def test_a_richer_view_changes_only_what_it_adds(data, frames, splice, frame, epoch, n):
+    rows = list(range(0, 2 * n, 2))
+    plain, rich = (finish(ClipDataset(data, view=View(frame=frame, **more)).raw(rows, epoch)) for more in ({}, dict(frames=frames, splice=splice)))
+    own = ~rich["spliced"] if splice else torch.ones_like(plain["keep"])
+    assert ("spliced" in rich) == (splice > 0) and torch.equal(rich["audio"][own], plain["audio"][own])
+    for k in ("keep", "row", "offset_s"): assert torch.equal(rich[k], plain[k]), k
+    assert rich["language"] == plain["language"]
+    if frames == 1:
+        for k in ("image", "time"): assert torch.equal(rich[k], plain[k]), k
+    else:
+        assert rich["image"].shape == (n, frames, *plain["image"].shape[1:]) and rich["time"].shape == (n, frames)
+        assert (rich["time"].diff(dim=1) >= 0).all()
+    share = (~own).float().sum(1) / rich["keep"].sum(1)
+    assert ((share == 0) | ((share > 0.149) & (share <= 0.4))).all() and (splice < 1 or n == 1 or (share > 0).all())
+
+
+@pytest.mark.quick
+def test_spliced_sound_is_a_strangers(data):
+    clips = ClipDataset(data, view=View(splice=1.0, audio=AudioView(gain_db=0)))
+    plain = ClipDataset(data, view=View(audio=AudioView(gain_db=0)))
+    sampler = VideoSampler(clips.groups, 5)
+    for rows in sampler:
+        mixed, sounds = finish(clips.raw(rows)), finish(plain.raw(rows))["audio"]
+        for b, where in enumerate(mixed["spliced"]):
+            core = where.nonzero().flatten()[80:-80]  # between the fades
+            from_whom = [c for c in range(len(rows)) if torch.allclose(mixed["audio"][b, core], sounds[c, core], atol=1e-4)]
+            assert len(from_whom) == 1 and clips.groups[rows[from_whom[0]]] != clips.groups[rows[b]]

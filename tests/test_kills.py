@@ -29,7 +29,7 @@ MODES = {
     "unfreezing": {**TOWERS, **LATE},
     "adapters": {**TOWERS, **LATE, "model.lora_image": 2},
     "token cache": {**TOWERS, **LATE, "train.token_cache": True, "view.audio.gain_db": 0.0, "view.image": {"crop": [1.0, 1.0], "aspect": [1.0, 1.0], "shift": 0.0, "flip": 0.0, "colour": 0.0}, "view.frame": "middle"},
-    "everything": {**TOWERS, **LATE, "train.accumulate": 2, "train.micro_batch": 2, "model.heads": 2, "view.splice": 0.5, "view.frames": 2,
+    "everything": {**TOWERS, **LATE, "train.accumulate": 2, "train.micro_batch": 2, "model.heads": 2, "view.splice": 0.5,
                    "loss": {"pressure": 0.1, "pressure_kind": "sampled", "silence": 0.01, "variation": 0.01, "specialisation": 0.05, "share_global": 0.2}},
 }
 
@@ -47,13 +47,13 @@ def place(tmp_path_factory):
     return home
 
 
-def started(place, mode, out):
+def started(place, mode, out, steps=STEPS):
     cwd = workplace(place / ("two" if mode in ("workers", "everything") else "none"))
     if cwd.name == "two": (cwd / "settings.ini").write_text((cwd / "settings.ini").read_text() + "workers = 2\n")
     chosen = {**TINY, **MODES[mode]}
     for tower in ("model.audio", "model.image"):
         if tower in chosen: chosen[tower] = str(place / chosen[tower])
-    args = ["--data", place / "store", "--out", out, "--steps", STEPS, "--save_every", 2, "--overrides", json.dumps(chosen)]
+    args = ["--data", place / "store", "--out", out, "--steps", steps, "--save_every", 2, "--overrides", json.dumps(chosen)]
     return subprocess.Popen([sys.executable, "-m", "avnb.training", *map(str, args)], cwd=cwd, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"},
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
@@ -119,25 +119,32 @@ def test_survives_twenty_kills(place, tmp_path, mode):
     print(mode, *survive(place, mode, tmp_path, 20, 3))
 
 
+def waits_for(child, run, lines):
+    "A run of many steps, seen at work."
+    until = time.time() + 90
+    while n_lines(run) < lines:
+        assert child.poll() is None and time.time() < until, child.communicate()[0][-2000:]
+        time.sleep(0.005)
+
+
 def test_two_cannot_train_in_one_folder(place, tmp_path):
-    first = started(place, "plain", tmp_path / "run")
+    first = started(place, "plain", tmp_path / "run", 3000)
     try:
-        until = time.time() + 60
-        while n_lines(tmp_path / "run") < 1 and time.time() < until: time.sleep(0.01)
-        second = started(place, "plain", tmp_path / "run")
+        waits_for(first, tmp_path / "run", 1)
+        second = started(place, "plain", tmp_path / "run", 3000)
         said = second.communicate(timeout=60)[0]
-        assert first.poll() is not None or (second.returncode == 1 and "another process is training in this folder" in said), said[-2000:]
-        assert second.returncode == 1
+        assert first.poll() is None
+        assert second.returncode == 1 and "another process is training in this folder" in said, said[-2000:]
     finally:
         if first.poll() is None: os.killpg(first.pid, signal.SIGKILL)
         first.communicate()
 
 
 def test_asked_to_stop_by_a_cluster_it_saves(place, tmp_path):
-    child = started(place, "plain", tmp_path / "run")
-    until = time.time() + 60
-    while n_lines(tmp_path / "run") < 3 and time.time() < until: time.sleep(0.002)
+    child = started(place, "plain", tmp_path / "run", 3000)
+    waits_for(child, tmp_path / "run", 3)
     child.send_signal(signal.SIGTERM)
     said = child.communicate(timeout=60)[0]
-    assert child.returncode != 0 and f"stopped and saved at step {n_lines(tmp_path / 'run')} of {STEPS}" in said, said[-2000:]
-    assert int(checkpoints(tmp_path / "run")[-1].name[5:]) == n_lines(tmp_path / "run")
+    step = n_lines(tmp_path / "run")
+    assert child.returncode != 0 and f"stopped and saved at step {step} of 3000" in said, said[-2000:]
+    assert int(checkpoints(tmp_path / "run")[-1].name[5:]) == step

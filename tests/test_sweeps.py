@@ -6,128 +6,136 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from avnb.checkpoints import checkpoints
 from avnb.core import read_json, write_json
-from avnb.recipes import recipe, to_dict
+from avnb.media import write_video
+from avnb.recipes import from_dict, recipe, to_dict
 from avnb.sweeps import aggregate, as_markdown, expand, over_clips, over_seeds, sweep, table
 from avnb.training import read_lines
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-TINY = {"data.videos": 12, "train.batch_size": 6, "train.val_every": 1000, "train.log_every": 1, "store.fps": 2, "store.workers": 0}
+TINY = {"train.batch_size": 4, "train.val_every": 1000, "train.log_every": 1, "store.fps": 2, "store.workers": 0}
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    "A working directory with a settings.ini of its own; corpora and stores of one test serve the next."
+    "A working directory with a settings.ini of its own, and eight clips of two seconds."
     folder = tmp_path_factory.mktemp("sweeps")
     (folder / "settings.ini").write_text("[paths]\ndata = data\nfigures = figures\nruns = data/runs\n[run]\ndevice = cpu\n")
+    (folder / "clips").mkdir()
+    g = torch.Generator().manual_seed(0)
+    for i in range(8):
+        frames = torch.full((50, 3, 64, 80), 30, dtype=torch.uint8)
+        frames[:, :, 8:40, 8 + i:40] = torch.randint(60, 255, (3, 1, 1), generator=g)
+        write_video(folder / f"clips/{i}.mp4", frames, 25, {"und": .3 * torch.sin(torch.arange(96_000) * .01 * (i + 1))})
     return folder
 
 
-def command(place, *args, **more):
+def started(place, *args, **more):
     "`python -m avnb.sweeps` with tiny runs."
-    full = [sys.executable, "-m", "avnb.sweeps", *map(str, args)]
-    if "--publish" not in args: full += ["--overrides", json.dumps(TINY | more)]
-    return subprocess.Popen(full, cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    overrides = ["--overrides", json.dumps(TINY | more)] if "--publish" not in args else []
+    return subprocess.Popen([sys.executable, "-m", "avnb.sweeps", *map(str, args), *overrides], cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def said(child, status=0):
-    out, err = child.communicate(timeout=200)
+    out, err = child.communicate(timeout=280)
     assert child.returncode == status, out[-3000:] + err[-3000:]
     return out + err
 
 
-@pytest.fixture(scope="module")
-def two(place):
-    "A sweep of two seeds, four steps each."
-    text = said(command(place, "--seeds", 0, 1, "--steps", 4, "--out", "two"))
-    return place / "two", text
+def lines(run): return (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
 
 
-def test_two_seeds_are_trained_measured_and_put_together(two):
-    out, text = two
-    found = read_json(out / "sweep.json")
-    (label, s), = found["settings"].items()
-    assert label == "grounding" and s["seeds"] == [0, 1] and s["steps"] == [4, 4] and s["runs"] == ["seed=0", "seed=1"] and not found["failed"] and not found["missing"]
-    results = [read_json(out / n / "results.json") for n in s["runs"]]
-    for name in ("loc/pointing", "muted/a2v/R@1", "ret/v2a/R@1", "speech/pointing", "isolated/pointing", "loc/area_iou"):
-        values = [r["metrics"][name]["value"] for r in results]
-        f = s["figures"][name]
-        assert f["values"] == values and np.isclose(f["mean"], np.mean(values), atol=1e-4) and f["min"] == min(values) and f["max"] == max(values)
-        assert np.isclose(f["sd"], np.std(values, ddof=1), atol=1e-4) and np.isclose(f["hi"] - f["mean"], 12.706 * np.std(values, ddof=1) / 2**.5, atol=2e-3)
-    assert set(s["baselines"]) == {"saliency", "shuffled", "centre", "random"}
-    assert np.isclose(s["baselines"]["shuffled"]["loc/pointing"], np.mean([r["baselines"]["shuffled"]["loc/pointing"]["value"] for r in results]), atol=1e-4)
-    cpu = [read_lines(out / n / "metrics.jsonl")[-1]["cpu_s"] for n in s["runs"]]
-    assert np.isclose(s["cpu_s"]["mean"], np.mean(cpu), atol=1e-2)
-    assert all("--seeds 0 1" in r["command"] for r in results) and "--seeds 0 1" in found["command"]
-    assert "CPU seconds of updates" in text and "loc/pointing" in text
-
-
-def test_what_is_finished_is_not_run_again_and_more_seeds_join(two, place):
-    out, _ = two
-    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} | {p: p.stat().st_mtime_ns for p in out.rglob("results.json")}
-    recipes = {f"seed={s}": r for s, r in zip((0, 1), expand("grounding", (0, 1), steps=4, overrides=TINY).values(), strict=True)}
-    third = out / "seed=2"  # finished elsewhere and brought here
-    write_json(third / "recipe.json", to_dict(replace(recipes["seed=0"], seed=2)))
-    write_json(third / "results.json", read_json(out / "seed=0/results.json"))
+def struck(child, run, blow, after):
+    "Strike a sweep down once its run has come so far; how far the run came."
     try:
-        path = sweep({**recipes, "seed=2": replace(recipes["seed=0"], seed=2)}, out)
-        assert all(p.stat().st_mtime_ns == t for p, t in stamps.items())
-        assert read_json(path)["settings"]["grounding"]["seeds"] == [0, 1, 2]
-        with pytest.raises(ValueError, match="train.lr was 0.002, now 0.5"): sweep(expand("grounding", (0,), steps=4, overrides=TINY | {"train.lr": 0.5}), out)
-    finally: (third / "results.json").unlink()
-
-
-def test_the_table_is_written_by_a_command(two, place):
-    said(command(place, "--publish", "two"))
-    text = (place / "figures/two_sweep.md").read_text()
-    assert text.startswith("| figure | seeds | mean | sd | min | max | over seeds | saliency | shuffled | centre | random |\n")
-    for name in ("loc/pointing", "muted/a2v/R@1", "CPU seconds of updates"): assert f"\n| {name} | " in text
-    assert "95 % t interval" in text and "Made by `python -m avnb.sweeps --seeds 0 1" in text
-    assert read_json(place / "figures/two_sweep.json")["format"] == 1
-
-
-def test_a_run_that_fails_is_named_and_the_rest_goes_on(two, place):
-    child = command(place, "--seeds", 3, "--steps", 2, "--grid", json.dumps({"model.audio": ["nowhere/at-all", "toy"]}), "--out", "broken")
-    text = said(child, status=1)
-    assert "1 of 2 runs failed: model.audio=nowhere_at-all,seed=3" in text and "log.txt" in text
-    found = read_json(place / "broken/sweep.json")
-    assert list(found["failed"]) == found["missing"] == ["model.audio=nowhere_at-all,seed=3"]
-    assert [s["runs"] for s in found["settings"].values()] == [["model.audio=toy,seed=3"]]
-    assert "Not finished: model.audio=nowhere_at-all,seed=3" in as_markdown(found)
-
-
-@pytest.mark.parametrize("blow", ["SIGINT", "SIGKILL"])
-def test_struck_down_it_goes_on(two, place, blow):
-    "The blow falls on the sweep, not on the run that it started: the run must stop too, saved, and not be run twice at once."
-    out, run = place / blow, place / blow / "seed=0"
-    args, often = ("--seeds", 0, "--steps", 40, "--out", blow), {"train.save_every": 1000}
-    child = command(place, *args, **often)
-    try:
-        until = time.time() + 90
-        while not (run / "metrics.jsonl").is_file() or len(read_lines_so_far(run)) < 5:
+        until = time.time() + 120
+        while len(lines(run)) < after:
             assert child.poll() is None and time.time() < until, child.communicate()
             time.sleep(.01)
-        child.send_signal(getattr(signal, blow))
+        child.send_signal(blow)
         child.communicate(timeout=60)
     finally:
         if child.poll() is None: child.kill()
-    assert child.returncode != 0 and not (run / "results.json").is_file()
-    again = command(place, *args, **often)  # with SIGKILL the old run may still be saving: the lock makes the new one wait
-    said(again)
-    (step,) = [int(line.split("from step ")[1].split()[0]) for line in (run / "log.txt").read_text().splitlines() if "goes on from step" in line]
-    assert 5 <= step < 40
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, 41)) and checkpoints(run)[-1].name == "step_00000040"
-    assert read_json(out / "sweep.json")["settings"]["grounding"]["steps"] == [40]
+    assert child.returncode != 0
 
 
-def read_lines_so_far(run: Path) -> list:
-    return (run / "metrics.jsonl").read_text().splitlines()
+@pytest.fixture(scope="module")
+def story(place):
+    "One sweep: two settings, of which one cannot start, two seeds. It is killed, interrupted, then left alone; what it said at the end."
+    args = ("--data", "clips", "--seeds", 0, 1, "--steps", STEPS, "--grid", json.dumps({"model.audio": ["toy", "nowhere/at-all"]}), "--out", "story")
+    more, run = {"train.save_every": 1000, "data.shares": [.5, .5, 0]}, place / "story/model.audio=toy,seed=0"
+    struck(started(place, *args, **more), run, signal.SIGKILL, 4)
+    struck(started(place, *args, **more), run, signal.SIGINT, 16)  # the killed one may still be saving: a lock makes this one wait
+    reached = len(lines(run))
+    return place / "story", said(started(place, *args, **more), status=1), reached
+
+
+def test_struck_down_it_goes_on(story):
+    "The blows fell on the sweep, not on the run that it had started: the run must stop too, saved, and never be run twice at once."
+    out, _, reached = story
+    run = out / "model.audio=toy,seed=0"
+    first, second = [int(line.split("from step ")[1].split()[0]) for line in (run / "log.txt").read_text().splitlines() if "goes on from step" in line]
+    assert 4 <= first < second == reached < STEPS
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1)) and checkpoints(run)[-1].name == f"step_{STEPS:08d}"
+
+
+def test_a_run_that_fails_is_named_and_the_rest_goes_on(story):
+    out, text, _ = story
+    found, bad = read_json(out / "sweep.json"), ["model.audio=nowhere_at-all,seed=0", "model.audio=nowhere_at-all,seed=1"]
+    assert "2 of 4 runs failed: " + bad[0] in text and "log.txt" in text
+    assert list(found["failed"]) == found["missing"] == bad and all(why.startswith("OSError: ") for why in found["failed"].values())
+    assert [s["runs"] for s in found["settings"].values()] == [["model.audio=toy,seed=0", "model.audio=toy,seed=1"]]
+
+
+def test_seeds_are_put_together(story):
+    out, _, _ = story
+    found = read_json(out / "sweep.json")
+    s = found["settings"]["model.audio=toy"]
+    results = [read_json(out / n / "results.json") for n in s["runs"]]
+    assert s["seeds"] == [0, 1] and s["steps"] == [STEPS] * 2
+    for name in ("a2v/R@1", "v2a/R@1"):
+        values, f = [r["metrics"][name]["value"] for r in results], s["figures"][name]
+        assert f["values"] == values and np.isclose(f["mean"], np.mean(values), atol=1e-4) and (f["min"], f["max"]) == (min(values), max(values))
+        assert np.isclose(f["sd"], np.std(values, ddof=1), atol=1e-4) and np.isclose(f["hi"] - f["mean"], 12.706 * np.std(values, ddof=1) / 2**.5, atol=2e-3)
+    cpu = [read_lines(out / n / "metrics.jsonl")[-1]["cpu_s"] for n in s["runs"]]
+    assert np.isclose(s["cpu_s"]["mean"], np.mean(cpu), atol=1e-2) and all("--seeds 0 1" in r["command"] for r in results)
+
+
+def test_what_is_finished_is_not_run_again_and_another_recipe_is_refused(story, place, monkeypatch):
+    out, _, _ = story
+    monkeypatch.chdir(place)
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.json") if p.parent != out}
+    plan = {n: from_dict(r) for n, r in read_json(out / "plan.json")["runs"].items() if "toy" in n}
+    assert sweep(plan, out) == out / "sweep.json"
+    assert all(p.stat().st_mtime_ns == t for p, t in stamps.items())
+    name, made = next(iter(plan.items()))
+    with pytest.raises(ValueError, match="train.lr was 0.002, now 0.5"): sweep({name: replace(made, train=replace(made.train, lr=.5))}, out)
+
+
+def test_the_table_is_written_by_a_command(story, place):
+    said(started(place, "--publish", "story"))
+    text = (place / "figures/story_sweep.md").read_text()
+    assert text.startswith("| figure | seeds | mean | sd | min | max | over seeds |\n")
+    for name in ("a2v/R@1", "v2a/R@1", "CPU seconds of updates"): assert f"\n| {name} | 2 | " in text
+    assert "95 % t interval" in text and "Made by `python -m avnb.sweeps --data clips --seeds 0 1" in text and "Not finished: model.audio=nowhere" in text
+    assert read_json(place / "figures/story_sweep.json")["format"] == 1
+
+
+@pytest.mark.soak
+def test_two_seeds_on_the_toy_corpus(place):
+    said(started(place, "--seeds", 0, 1, "--steps", 4, "--out", "toy", **{"data.videos": 12}))
+    s = read_json(place / "toy/sweep.json")["settings"]["grounding"]
+    assert {"loc/pointing", "muted/a2v/R@1", "ret/v2a/R@1", "speech/pointing", "isolated/pointing", "loc/area_iou"} <= set(s["figures"])
+    assert set(s["baselines"]) == {"saliency", "shuffled", "centre", "random"}
+    shuffled = [read_json(place / "toy" / n / "results.json")["baselines"]["shuffled"]["loc/pointing"]["value"] for n in s["runs"]]
+    assert np.isclose(s["baselines"]["shuffled"]["loc/pointing"], np.mean(shuffled), atol=1e-4)
 
 
 # ---- arithmetic, without a run ----
