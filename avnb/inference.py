@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'window_starts', 'embed_sound', 'embed_frames', 'Heat', 'heat_map', 'heat_videos']
 
-# %% ../nbs/50_inference.ipynb #9c71ae08
+# %% ../nbs/50_inference.ipynb #773ffa5c
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch.nn import functional as nnf
 from tqdm.auto import tqdm
 
 from .augmentation import ImageView
+from .colours import two_head_video
 from .core import AUDIO_HZ, TOKEN_HZ, read_json, stable_hash, write_json
 from .media import VIDEO_SUFFIXES, decode_audio, decode_frames, find_media, probe
 from .models import audible_tokens
@@ -73,7 +74,7 @@ def embed_frames(
         tokens.append(model.embed_image((small.clamp(0, 255).to(device)/255 - mean)/std))
     return torch.cat(tokens).unflatten(1, model.grid(*size))
 
-# %% ../nbs/50_inference.ipynb #53d04745
+# %% ../nbs/50_inference.ipynb #b2f16b44
 SHOWN = 336  # short side, in px, at which frames are kept for figures and videos; smaller ones stay as they are
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Heat:
     frame_times:Tensor  # (F,) seconds from the start of the clip
     sound:Tensor        # (S,) at 16 kHz
     audible:Tensor      # (T,) bool: sound rather than silence
+    heads:Tensor|None=None # (K, T, h, w) of each head alone, where there are several
 
 def heat_map(
     model,                  # DenseAligner, or a run folder
@@ -109,17 +111,21 @@ def heat_map(
     image = embed_frames(model, frames, made.view.image if made else ImageView())
     t = (torch.arange(len(audio)) + .5)/TOKEN_HZ + start_s
     which = (torch.searchsorted(times.float(), t.float(), right=True) - 1).clamp(min=0)
-    heat = torch.cat([torch.einsum("td,thwd->thw", a, image[i]) for a, i in zip(audio.split(500), which.split(500), strict=True)])
+    K = model.facts["heads"]
+    cut = lambda x: x.unflatten(-1, (K, -1))
+    heads = torch.cat([torch.einsum("tkd,thwkd->kthw", cut(a), cut(image[i])) for a, i in zip(audio.split(500), which.split(500), strict=True)], 1).cpu()
+    heat = heads.amax(0) if model.facts["pool"] == "max" else heads.sum(0)
     heard = audible_tokens(sound[None], torch.ones(1, len(audio), dtype=torch.bool))[0]
-    return Heat(Path(path), heat.cpu(), frames, times - start_s, sound, heard)
+    return Heat(Path(path), heat, frames, times - start_s, sound, heard, heads if K > 1 else None)
 
-# %% ../nbs/50_inference.ipynb #d3ea5520
+# %% ../nbs/50_inference.ipynb #54b3b616
 def heat_videos(
     model,                    # DenseAligner, or a run folder
     input_dir:str|Path,       # clips, at any depth
     output_dir:str|Path,      # gets a video a clip, under the clip's path (`a.mp4`, `b.avi.mp4`)
     pictures_hz:float=25,     # pictures a second of the videos
     track:str|int|None=None, start_s:float=0., dur_s:float|None=None, # as `heat_map`
+    names:tuple=("head 1", "head 2"), # what the heads of a two-head model are called: each gets a colour of its own
 )->tuple:                     # {clip: video written or found}, [(path, reason), ...] of files left out
     "Heat-map videos of a folder; FileNotFoundError if it holds no video."
     input_dir, output_dir, done, broken = Path(input_dir), Path(output_dir), {}, []
@@ -136,12 +142,14 @@ def heat_videos(
         out = output_dir / (name if name.suffix == ".mp4" else name.with_name(name.name + ".mp4"))
         if out.resolve() == path.resolve(): raise ValueError(f"{out}: the video would replace its own clip; give another output_dir.")
         try:
-            made = {"weights": weights, "source": [path.stat().st_size, path.stat().st_mtime_ns], "pictures_hz": pictures_hz, **how}
+            made = {"weights": weights, "names": list(names), "source": [path.stat().st_size, path.stat().st_mtime_ns], "pictures_hz": pictures_hz, **how}
             note = out.with_suffix(".json")
             if not (out.exists() and note.exists() and read_json(note) == made):
                 h = heat_map(model, path, **how)
                 out.parent.mkdir(parents=True, exist_ok=True)
-                heat_video(h.frames, h.heat, h.sound, out, fps=pictures_hz, frame_times=h.frame_times); write_json(note, made)
+                if h.heads is not None and len(h.heads) == 2: two_head_video(h.frames, h.heads, h.sound, out, names=names, fps=pictures_hz, frame_times=h.frame_times)
+                else: heat_video(h.frames, h.heat, h.sound, out, fps=pictures_hz, frame_times=h.frame_times)
+                write_json(note, made)
             done[path] = out
         except (ValueError, OSError) as e: broken.append((str(path), str(e)))
     return done, broken

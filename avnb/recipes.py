@@ -124,14 +124,14 @@ class Recipe:
     loss:LossConfig = LossConfig()
     train:TrainConfig = TrainConfig()
 
-# %% ../nbs/40_recipes.ipynb #1c46d2d4
+# %% ../nbs/40_recipes.ipynb #7586ec10
 def grounding(
     scale:str="toy", # "toy" | "published"
 )->Recipe:
     "HuBERT x DINOv2, dense max-mean alignment (after DenseAV, arXiv:2406.05629; spec of AV-Align)."
     if scale == "toy":
         return Recipe(variant="grounding", scale=scale, store=StoreConfig(languages=("en",)), view=View(image=ImageView(size=112, crop=(.7, 1.), aspect=(1., 1.), colour=.2), audio=AudioView(gain_db=3.), track="en"),
-            train=TrainConfig(steps=750, precision="auto", val_every=150, save_every=150))
+            train=TrainConfig(steps=900, precision="auto", val_every=150, save_every=150))
     return Recipe(variant="grounding", scale=scale, store=StoreConfig(size=256), view=View(image=ImageView(size=224, crop=(.6, 1.))),
         model=ModelConfig(audio="facebook/hubert-base-ls960", image="facebook/dinov2-small", dim=512, head="linear"), loss=LossConfig(pressure=.15),
         train=TrainConfig(epochs=100, batch_size=48, lr=8e-4, backbone_lr=1e-5, warmup=.015, backbone_warmup=.10, start_div=10., end_div=1e5, clip=.5,

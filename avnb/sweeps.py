@@ -6,7 +6,7 @@
 __all__ = ['INTERVALS', 'expand', 'run_one', 'sweep', 'over_seeds', 'over_clips', 'aggregate', 'table', 'as_markdown', 'publish',
            'main']
 
-# %% ../nbs/44_sweeps.ipynb #249ad427
+# %% ../nbs/44_sweeps.ipynb #1eb97ab6
 import argparse, fcntl, itertools, json, os, re, signal, subprocess, sys, threading
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .core import FORMAT, read_json, settings, stable_hash, write_atomic, write_json
 from .metrics import bootstrap
 from .recipes import differences, from_dict, recipe as make_recipe, to_dict
-from .results import measure
+from .results import item_values, measure
 from .training import fit, read_lines
 
 # %% ../nbs/44_sweeps.ipynb #07d7ad98
@@ -146,7 +146,7 @@ def over_clips(
     _, lo, hi = bootstrap(np.mean(items, 0))
     return {"lo": round(lo, 4), "hi": round(hi, 4), "n": len(items[0])}
 
-# %% ../nbs/44_sweeps.ipynb #d4ffd497
+# %% ../nbs/44_sweeps.ipynb #88e3a02c
 def _settings(recipes):
     "{label: names of its runs, by seed}."
     groups = {}
@@ -164,7 +164,7 @@ def _dotted(tree, prefix=""):
 
 def _one_setting(out, recipes, names):
     "Figures of a setting's finished runs."
-    results, items = [read_json(out/n/"results.json") for n in names], [read_json(p)["items"] if (p := out/n/"items.json").is_file() else {} for n in names]
+    results, items = [read_json(out/n/"results.json") for n in names], [item_values(out/n) for n in names]
     shared = [k for k in results[0]["metrics"] if all(k in r["metrics"] for r in results)]
     figures = {k: {**over_seeds([r["metrics"][k]["value"] for r in results]), "values": [r["metrics"][k]["value"] for r in results], "clips": over_clips([x.get(k) for x in items]),
                    "shown": "lo" in results[0]["metrics"][k]} for k in shared}

@@ -6,13 +6,14 @@
 __all__ = ['FORMS', 'threads', 'timed', 'ratios', 'peak_memory', 'broadcast', 'one_product', 'tiled', 'bare', 'tokens', 'step',
            'expected_memory', 'gradient_error', 'pair_step', 'term_step']
 
-# %% ../nbs/31_timing.ipynb #0e8de658
+# %% ../nbs/31_timing.ipynb #bbf998a8
 import multiprocessing
 import resource
 import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -141,7 +142,7 @@ def tokens(
     draw = torch.Generator().manual_seed(seed)
     return tuple((torch.randn(B, n, D, generator=draw) / D**.25).to(dtype).requires_grad_() for n in (T, P))
 
-# %% ../nbs/31_timing.ipynb #c8ca553c
+# %% ../nbs/31_timing.ipynb #e0043f82
 def step(
     form:str, # broadcast | one_product | tiled
     shape:tuple[int, int, int, int], # B, T, P, D
@@ -160,8 +161,10 @@ def _awake(loss:Callable, shape:tuple, dtype:torch.dtype=torch.float32)->Callabl
     "Forward and backward of a loss of both sides' tokens; a tiny one has run, so libraries are awake."
     def run(pair): return torch.autograd.grad(loss(*pair), pair)
     run(tokens((2, *shape[1:]), dtype))
-    pair = tokens(shape, dtype)
+    pair = _shared(shape, dtype) # many steps may stand ready at once
     return lambda: run(pair)
+
+_shared = lru_cache(maxsize=2)(tokens)
 
 # %% ../nbs/31_timing.ipynb #b3fda11a
 def expected_memory(

@@ -15,6 +15,7 @@ from avnb.checkpoints import checkpoints
 from avnb.core import read_json, write_json
 from avnb.media import write_video
 from avnb.recipes import from_dict, recipe, to_dict
+from avnb.results import write_items
 from avnb.sweeps import aggregate, as_markdown, expand, over_clips, over_seeds, sweep, table
 from avnb.training import read_lines
 
@@ -162,16 +163,16 @@ def test_settings_are_told_apart_by_what_differs(tmp_path):
     recipes = {"a": replace(plain, seed=0), "b": replace(plain, seed=7), "c": replace(plain, train=replace(plain.train, lr=1e-3, clip=.5))}
     for i, (name, made) in enumerate(recipes.items()):
         write_json(tmp_path / name / "recipe.json", to_dict(made))
-        write_json(tmp_path / name / "results.json", {"checkpoint": 1, "protocol": "p", "metrics": {"m": {"value": i, "lo": 0, "hi": 1, "n": 2}, "other": {"value": 1.}} | ({"only": {"value": 1, "lo": 0, "hi": 1}} if name == "a" else {}), "baselines": {}})
+        write_json(tmp_path / name / "results.json", {"checkpoint": 1, "protocol": "p", "metrics": {"loc/pointing": {"value": i, "lo": 0, "hi": 1, "n": 2}, "other": {"value": 1.}} | ({"only": {"value": 1, "lo": 0, "hi": 1}} if name == "a" else {}), "baselines": {}})
     found = read_json(sweep(recipes, tmp_path))
     assert {k: v["runs"] for k, v in found["settings"].items()} == {"train.lr=0.002, train.clip=1.0": ["a", "b"], "train.lr=0.001, train.clip=0.5": ["c"]}
     first, second = found["settings"].values()
-    assert first["figures"]["m"]["mean"] == .5 and "only" not in first["figures"] and second["figures"]["m"]["lo"] is None and second["cpu_s"] is None
+    assert first["figures"]["loc/pointing"]["mean"] == .5 and "only" not in first["figures"] and second["figures"]["loc/pointing"]["lo"] is None and second["cpu_s"] is None
     shown = table(found)
-    assert list(shown.index) == [("train.lr=0.002, train.clip=1.0", "m"), ("train.lr=0.001, train.clip=0.5", "m")] and "over clips" not in shown.columns
+    assert list(shown.index) == [("train.lr=0.002, train.clip=1.0", "loc/pointing"), ("train.lr=0.001, train.clip=0.5", "loc/pointing")] and "over clips" not in shown.columns
     assert as_markdown(found).startswith("| setting | figure | seeds |")
-    for name in "ab": write_json(tmp_path / name / "items.json", {"format": 1, "items": {"m": [0., 1.]}})
-    assert aggregate(tmp_path)["settings"]["train.lr=0.002, train.clip=1.0"]["figures"]["m"]["clips"] == {"lo": 0.0, "hi": 1.0, "n": 2}
+    for name in "ab": write_items(tmp_path / name, [{"kind": "loc", "hit": h, "right_object": h, "area_iou": 0.5} for h in (False, True)])
+    assert aggregate(tmp_path)["settings"]["train.lr=0.002, train.clip=1.0"]["figures"]["loc/pointing"]["clips"] == {"lo": 0.0, "hi": 1.0, "n": 2}
 
 
 @pytest.mark.quick

@@ -619,6 +619,7 @@ TRAPS = [  # (number, check, {fault: what the check then says})
 @pytest.fixture
 def at(home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
+    monkeypatch.setattr(training.Trainer, "draw", lambda self: None)  # videos of fixed clips at the end of a run: not asked for here, and slow
     return tmp_path
 
 
