@@ -41,7 +41,7 @@ def expand(
         for seed in seeds: out[f"{label},seed={seed}" if label else f"seed={seed}"] = replace(made, seed=int(seed))
     return out
 
-# %% ../nbs/44_sweeps.ipynb #aab6e98c
+# %% ../nbs/44_sweeps.ipynb #bdf29ff2
 def _state(folder, recipe)->str:
     "finished | begun | new; ValueError where the folder holds a run of another recipe."
     folder = Path(folder)
@@ -66,7 +66,7 @@ def run_one(
     out = Path(out); plan = read_json(out/"plan.json")
     recipe, folder = from_dict(plan["runs"][name]), out/name
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/".lock", "w") as lock:
+    with open(folder/".sweep.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _state(folder, recipe) != "finished": measure(fit(recipe, folder), command=plan["command"])
     return folder/"results.json"
