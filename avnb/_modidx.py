@@ -281,6 +281,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'avnb.heads._thin': ('heads.html#_thin', 'avnb/heads.py'),
                             'avnb.heads.pair_scores': ('heads.html#pair_scores', 'avnb/heads.py')},
             'avnb.inference': { 'avnb.inference.Heat': ('inference.html#heat', 'avnb/inference.py'),
+                                'avnb.inference.draw_heat': ('inference.html#draw_heat', 'avnb/inference.py'),
                                 'avnb.inference.embed_frames': ('inference.html#embed_frames', 'avnb/inference.py'),
                                 'avnb.inference.embed_sound': ('inference.html#embed_sound', 'avnb/inference.py'),
                                 'avnb.inference.heat_map': ('inference.html#heat_map', 'avnb/inference.py'),

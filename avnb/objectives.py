@@ -53,7 +53,7 @@ def row_labels(
         out.append(zlib.crc32(str(name).encode()) if name not in ("", None) else -1)
     return torch.tensor(out)
 
-# %% ../nbs/25_objectives.ipynb #cf21484d
+# %% ../nbs/25_objectives.ipynb #c4afe13b
 class Grounding(nn.Module):
     "Scores, negatives and regularisers of dense grounding: from tokens to the loss."
     def __init__(self,
@@ -71,8 +71,9 @@ class Grounding(nn.Module):
         m, c = self.model, self.config
         frames = image.shape[1] if image.ndim == 4 else None
         kind = c.pressure_kind if c.pressure else None
+        counts = [len(audio)] if world == 1 else gather(torch.tensor([len(audio)], device=audio.device), world).tolist()
         scores, press = pair_scores(audio, image.flatten(0, 1) if frames else image, keep, heads=m.heads, pool=m.pool, aggregate=m.aggregate, pressure=kind,
-                                    pairs=c.pressure_pairs, seed=zlib.crc32(f"{self.seed} {step} {rank}".encode()))
+                                    pairs=c.pressure_pairs, seed=zlib.crc32(f"{self.seed} {step}".encode()), span=(sum(counts[:rank]), sum(counts)))
         if frames: scores = frame_scores(scores.unflatten(1, (-1, frames)), m.frame_pool, scale=self.temperature().detach())
         if kind and world > 1:
             n = keep.sum().to(press)

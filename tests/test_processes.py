@@ -30,7 +30,7 @@ batch = dict(audio=draw(n, 3200), keep=torch.ones(n, 3200, dtype=torch.bool), im
              label=torch.tensor([5, 6, 5, -1, -1, 7, 8]), spliced=torch.rand(n, 3200, generator=g) < 1e-4)
 part = [slice(0, 3), slice(3, 7)][rank] if world > 1 else slice(0, 7)  # unequal shares
 batch = {k: v[part] for k, v in batch.items()}
-how = dict(rank=0, world=world)
+how = dict(rank=rank, world=world)
 loss, terms = cached_backward(model, objective, batch, pieces, **how) if pieces > 1 else backward(model, objective, batch, **how)
 params = [*model.parameters(), *objective.parameters()]
 average_gradients(params, world)
@@ -43,7 +43,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=
 CASES = {
     "plain": {},
     "seed": {"model.similarity": "dot", "model.head": "linear", "loss.pressure": .15},
-    "denseav": {"model.heads": 2, "loss": {"pressure": .01, "silence": .01, "variation": .01, "calibration": .1, "specialisation": .05}},
+    "denseav": {"model.heads": 2, "loss": {"pressure": .01, "pressure_kind": "pairs", "silence": .01, "variation": .01, "calibration": .1, "specialisation": .05}},
     "paired, hybrid, labels": {"model.aggregate": "paired", "loss": {"share_global": .3, "negatives": "label"}},
     "frames, embedding": {"view.frames": 2, "model.frame_pool": "softmax", "model.time_pool": 2, "loss": {"negatives": "embedding", "negative_weight": .2, "negative_above": .1}},
 }

@@ -5,6 +5,7 @@ A check is a function of an empty folder that asserts. A fault is a function of 
 import contextlib
 import json
 import platform
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,12 @@ import pytest
 import torch
 from torch import nn
 
-from avnb import batches, checkpoints, decoding, encoders, losses, media, negatives, rows, similarity, store, training, viz
+from avnb import batches, checkpoints, decoding, encoders, gradients, losses, media, negatives, objectives, rows, similarity, store, training, viz
 from avnb.core import read_json
 from avnb.groups import VideoSampler
 from avnb.media import VideoWriter, decode_frames, probe, write_video
 from avnb.models import DenseAligner
-from avnb.recipes import recipe
+from avnb.recipes import LossConfig, ModelConfig, recipe
 from avnb.rows import StoreConfig
 from avnb.toy import draw, plan
 from avnb.training import fit
@@ -365,6 +366,50 @@ def moments_forgotten(mp):
     mp.setattr(training, "load_checkpoint", forgetful)
 
 
+# ---- 7: a large batch in pieces is the large batch ----
+
+def check_cached_gradients(at):
+    "Towers with dropout, layer drop and SpecAugment on; what is compared is the batch whose graphs were all held, with the same draws."
+    torch.manual_seed(0)
+    model = DenseAligner(encoders.audio_encoder("hubert"), encoders.image_encoder("dino"), dim=8, head="centred").double().train()
+    objective = objectives.Grounding(ModelConfig(dim=8), LossConfig(pressure=0.1)).double()
+    batch = dict(audio=torch.randn(6, 8_000).double(), keep=torch.ones(6, 8_000, dtype=torch.bool), image=torch.randn(6, 3, 56, 56).double())
+    named = [*model.named_parameters(), *objective.named_parameters()]
+
+    def step(how):
+        for _, p in named: p.grad = None
+        torch.manual_seed(1)
+        np.random.seed(1)
+        random.seed(1)
+        return how().item(), torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for _, p in named])
+
+    def held():
+        parts = [gradients.encode(model, part, False) for part in gradients.pieces(batch, 3)]
+        loss, _ = objective(model.project({k: torch.cat([x[k] for x in parts]) for k in parts[0]}), batch)
+        loss.backward()
+        return loss.detach()
+    (a, whole), (b, cut) = step(held), step(lambda: gradients.cached_backward(model, objective, batch, 3)[0])
+    assert abs(a - b) < 1e-9, f"another loss: {b:.4f} in pieces, {a:.4f} of the batch"
+    error = ((whole - cut).norm() / whole.norm()).item()
+    assert error < 1e-6, f"another gradient, by {error:.1e} of its length"
+
+
+def small_batches_added_up(mp):
+    "Plain accumulation under another name: each piece has its own few negatives."
+    def added(model, objective, batch, n, **how):
+        found = [gradients.backward(model, objective, part, share=1 / n) for part in gradients.pieces(batch, n)]
+        return torch.stack([loss for loss, _ in found]).mean(), found[0][1]
+    mp.setattr(gradients, "cached_backward", added)
+
+
+def dice_rolled_again(mp): mp.setattr(gradients, "replay", lambda *_: None)
+
+
+def numpy_forgotten(mp):
+    "Dropout is replayed, SpecAugment, which draws from NumPy, is not."
+    mp.setattr(gradients.np.random, "set_state", lambda state: None)
+
+
 # ---- 8: a broken file is named, never made up ----
 
 def check_broken_files(at):
@@ -607,6 +652,7 @@ TRAPS = [  # (number, check, {fault: what the check then says})
     (5, check_rates, {backbones_race_after_a_resume: "after a resume"}),
     (5, check_rates_when_accumulating, {schedule_in_batches: "fresh: "}),
     (6, check_resume, {generators_forgotten: "losses differ", place_in_the_epoch_forgotten: "losses differ", moments_forgotten: "losses differ"}),
+    (7, check_cached_gradients, {small_batches_added_up: "another loss", dice_rolled_again: "another gradient", numpy_forgotten: "another gradient"}),
     (8, check_broken_files, {black_and_silent: "named as broken", no_limit: "must stop"}),
     (9, check_times, {decoder_not_flushed: "the last 15 ms", times_by_counting: "decoded as", time_that_was_asked_for: "comes with time"}),
     (10, check_heat, {stretched_each_moment: "not cold", each_moment_its_own_scale: "not shared over time", negative_is_nothing: "not cold",
