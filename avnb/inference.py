@@ -74,7 +74,7 @@ def embed_frames(
         tokens.append(model.embed_image((small.clamp(0, 255).to(device)/255 - mean)/std))
     return torch.cat(tokens).unflatten(1, model.grid(*size))
 
-# %% ../nbs/50_inference.ipynb #b2f16b44
+# %% ../nbs/50_inference.ipynb #b48e26a6
 SHOWN = 336  # short side, in px, at which frames are kept for figures and videos; smaller ones stay as they are
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Heat:
     audible:Tensor      # (T,) bool: sound rather than silence
     heads:Tensor|None=None # (K, T, h, w) of each head alone, where there are several
 
+# %% ../nbs/50_inference.ipynb #bc041b39
 def heat_map(
     model,                  # DenseAligner, or a run folder
     path:str|Path,          # a video file with sound
