@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'StoreConfig', 'spans', 'loudest_db', 'jpeg', 'png', 'shift', 'read_truth', 'truth_slice', 'clean_name',
            'content_hash', 'kept_tracks', 'decode_block', 'one_row', 'rows_of']
 
-# %% ../nbs/12_rows.ipynb #315a0303
+# %% ../nbs/12_rows.ipynb #436ecce4
 import hashlib
 import io
 import json
@@ -19,7 +19,8 @@ from PIL import Image
 
 from .core import AUDIO_HZ, stable_hash, to_iso
 from .groups import home
-from .media import decode_audio, decode_frames, probe
+from .languages import all_tracks, present, sounds_of, tracks_of
+from .media import decode_frames, probe
 
 # %% ../nbs/12_rows.ipynb #0b28b132
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ def truth_slice(
     out["frame_shot"] = [inside.index(i) if i in inside else None for i in truth["shot"][at].tolist()]
     return out, truth["labels"][at]
 
-# %% ../nbs/12_rows.ipynb #244718e7
+# %% ../nbs/12_rows.ipynb #6a40a677
 def clean_name(
     path:Path, # any path, also with bytes that are not UTF-8
 )->str:        # text that Arrow and JSON can hold
@@ -155,31 +156,32 @@ def content_hash(
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def kept_tracks(
-    tracks,             # of the file
+    info,               # of the file with the pictures
     config:StoreConfig, # which languages are wanted
     language:str|None,  # named by the file, for a track that names none
-)->list:                # [(index, language)]
+    sides=(),           # [(path, language)] of files beside it
+)->list:                # [Heard]
     "The sound tracks to store; that a needed one is missing is an error."
-    there = [(t.index, language if language and t.language == "und" else t.language) for t in tracks]
-    if config.sound == "needed" and not there: raise ValueError("it has no sound track, and the recipe needs sound")
     wanted = None if config.languages is None else {to_iso(c) for c in config.languages}
-    kept = [(i, l) for i, l in there if wanted is None or l in wanted]
+    there = all_tracks(tracks_of(info, language), sides)
+    if config.sound == "needed" and not there: raise ValueError("it has no sound track, and the recipe needs sound")
+    kept = [h for h in there if wanted is None or h.language in wanted]
     if config.sound == "needed" and not kept:
-        raise ValueError(f"its tracks are in {', '.join(l for _, l in there)}; the recipe keeps {', '.join(sorted(wanted))}")
+        raise ValueError(f"its tracks are in {', '.join(h.language for h in there)}; the recipe keeps {', '.join(sorted(wanted))}")
     return kept
 
-# %% ../nbs/12_rows.ipynb #170753dd
+# %% ../nbs/12_rows.ipynb #aacc2352
 def decode_block(
     path:Path,          # the video
     block:list,         # [(start_s, dur_s)] of segments in a row
-    tracks:list,        # [(index, language)]
+    tracks:list,        # [Heard]
     config:StoreConfig, # rates and sizes
 )->Iterator[tuple]:     # (start_s, dur_s, times (F,) s in the video, frames (F,3,H,W), [sound (S,)] one a track)
     "Pictures and sound of some segments, decoded in one go."
     grid = [[s + (j + .5)/config.fps for j in range(int(np.ceil(d*config.fps - .5)))] or [s + d/2] for s, d in block]
     frames, times = decode_frames(path, times_s=[t for g in grid for t in g], size=config.size)
     begin, length = block[0][0], block[-1][0] + block[-1][1] - block[0][0]
-    sounds = [decode_audio(path, config.rate_hz, track=i, start_s=begin, dur_s=length) for i, _ in tracks]
+    sounds = sounds_of(tracks, begin, length, config.rate_hz, path)
     at = 0
     for (s, d), g in zip(block, grid, strict=True):
         seen, first = np.unique(times[at:at + len(g)].numpy(), return_index=True)
@@ -201,29 +203,32 @@ def one_row(
         masks=[png(m, tuple(frames.shape[2:])) for m in maps], sound=[(w*32767).round().short().numpy().tobytes() for w in sounds],
         loud_db=[round(loudest_db(w, config.rate_hz), 2) for w in sounds], labels=json.dumps(told))
 
-# %% ../nbs/12_rows.ipynb #5adb213f
+# %% ../nbs/12_rows.ipynb #f0c18d10
 def rows_of(
     path:Path,          # the video
     name:str,           # its path relative to the source folder
     config:StoreConfig, # what is kept
     dubs:dict|None = None, # what `dubbed` found
     left_out:list|None = None, # gets the numbers of segments without a row
-)->Iterator[dict]:
+    sides=(),           # [(path, language)] of files beside it that give their sound
+)->Iterator[dict]:      # of a store, and "missing": languages of tracks that are not there for the span
     "The rows of one video; a broken one is a ValueError or OSError that says why."
     info, video, good = probe(path), name.rpartition(".")[0], 0
     if not info.has_video: raise ValueError("it has no picture track")
     title, first, language = home(video, dubs)
-    tracks, truth, every = kept_tracks(info.tracks, config, language), read_truth(path), spans(info.dur_s, config)
+    tracks, truth, every = kept_tracks(info, config, language, sides), read_truth(path), spans(info.dur_s, config)
     if not every: raise ValueError(f"it lasts {info.dur_s:g} s")
-    same = dict(video_id=video, source=name, title=title, content=content_hash(path), rate_hz=config.rate_hz, tracks=[l for _, l in tracks])
+    same = dict(video_id=video, source=name, title=title, content=content_hash(path), rate_hz=config.rate_hz)
     per = max(1, int(BLOCK / config.fps / config.seconds))
     for b in range(0, len(every), per):
-        for i, (start, dur, *decoded) in enumerate(decode_block(path, every[b:b + per], tracks, config), first + b):
-            row = one_row(start, dur, *decoded, truth, config)
+        for i, (start, dur, times, frames, sounds) in enumerate(decode_block(path, every[b:b + per], tracks, config), first + b):
+            there = present(tracks, start, dur, config.tail) if tracks else []
+            row = one_row(start, dur, times, frames, [w for w, here in zip(sounds, there, strict=True) if here], truth, config)
             if config.sound == "needed" and max(row["loud_db"]) < config.floor_db:
                 if left_out is not None: left_out.append(i)
                 continue
             cut = f"#{int(start // config.cut_s * config.cut_s):04d}s" if info.dur_s > config.film_s else ""
             good += 1
-            yield dict(row, segment=i, group=title + cut, **same)
+            held = {here: [h.language for h, x in zip(tracks, there, strict=True) if x == here] for here in (True, False)}
+            yield dict(row, segment=i, group=title + cut, tracks=held[True], missing=held[False], **same)
     if not good: raise ValueError(f"its sound is silent: no 50 ms of it are above {config.floor_db:g} dB of full scale")
