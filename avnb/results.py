@@ -50,14 +50,16 @@ def versions()->dict:
     "What it ran on."
     return {"python": platform.python_version(), **{p: version(p) for p in ("avnb", "torch", "transformers")}, "device": str(pick_device(settings().device))}
 
-# %% ../nbs/43_results.ipynb #1a200cb7
+# %% ../nbs/43_results.ipynb #b8c3f8b7
 def head_names(
     folder:str|Path, # a run folder
 )->tuple:
-    "What the two heads turned out to answer, by the run's results; numbers where nothing was measured."
+    "What the two heads turned out to answer, by the run's results; numbers where telling them apart is worth nothing, or was not measured."
     file = Path(folder)/"results.json"
-    speech = read_json(file)["metrics"].get("heads/AP-dis/speech_head") if file.is_file() else None
-    return ("head 1", "head 2") if speech is None else ("speech", "sound") if speech["value"] == 0 else ("sound", "speech")
+    found = read_json(file) if file.is_file() else {"metrics": {}}
+    told = found["metrics"].get("heads/AP-dis")
+    if told is None or told["lo"] <= found["baselines"]["together"]["heads/AP-dis"]["value"]: return ("head 1", "head 2")
+    return ("speech", "sound") if found["metrics"]["heads/AP-dis/speech_head"]["value"] == 0 else ("sound", "speech")
 
 # %% ../nbs/43_results.ipynb #8f19edf0
 def write_items(
