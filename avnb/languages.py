@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['siblings', 'SideError', 'same_picture', 'Heard', 'tracks_of', 'all_tracks', 'present', 'sounds_of']
 
-# %% ../nbs/12_languages.ipynb #a9b155af
+# %% ../nbs/12_languages.ipynb #9388077f
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .core import to_iso
 from .groups import spoken
 from .media import MediaInfo, decode_audio, decode_frames, probe
 

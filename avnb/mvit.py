@@ -205,7 +205,7 @@ class PatchEmbed(nn.Module):
         self.proj = conv(c.channels, c.width, c.patch, c.stride, [n//2 for n in c.patch])
     def forward(self, x): return self.proj(self.norm(x))
 
-# %% ../nbs/21_mvit.ipynb #594f1e87
+# %% ../nbs/21_mvit.ipynb #fe23ec85
 class MViT(Encoder):
     "A multiscale vision transformer, version 2 (arXiv:2112.01526), as LSSD uses it."
     def __init__(self,
@@ -224,6 +224,8 @@ class MViT(Encoder):
         for m in self.modules():
             if isinstance(m, nn.Linear): nn.init.trunc_normal_(m.weight, std=config.init_std); nn.init.zeros_(m.bias)
 
+    @property
+    def size(self)->tuple: return self.config.size  # of the input it is made for
     def spec(self)->dict: return {"kind": "mvit", **asdict(self.config)}
 
     def tokens(self,
@@ -242,8 +244,8 @@ class MViT(Encoder):
         x, _ = self.tokens(x)
         return x[:, 0] if self.cls_token is not None else x.mean(1)
 
-# %% ../nbs/21_mvit.ipynb #787a0f9d
-SIZES = {"S": dict(depth=16, grow=(1, 3, 14)), "B": dict(depth=24, grow=(2, 5, 21)), "toy": dict(width=24, depth=5, grow=(1, 3), drop_path=0., class_token=False, init_std=.08)}
+# %% ../nbs/21_mvit.ipynb #75c42be2
+SIZES = {"S": dict(depth=16, grow=(1, 3, 14)), "B": dict(depth=24, grow=(2, 5, 21)), "toy": dict(width=24, depth=5, grow=(1, 4), drop_path=0., class_token=False, init_std=.08)}
 _VIDEO = {False: dict(patch=(3, 9, 9), stride=(2, 8, 8)), True: dict(patch=(3, 7, 7), stride=(2, 4, 4))}  # with overlap?
 _AUDIO = {False: dict(patch=(7, 9), stride=(4, 8)), True: dict(patch=(7, 7), stride=(4, 4))}
 _TOY = {"video": dict(size=(16, 64, 64), patch=(5, 9, 9), stride=(4, 8, 8), kv_stride=(1, 2, 2)), "audio": dict(patch=(9, 17), stride=(8, 16), kv_stride=(2, 2))}

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FPS', 'SIZE', 'EDITION', 'KINDS', 'PLACE_HEARD', 'plan', 'draw', 'sound', 'make_toy', 'main']
 
-# %% ../nbs/10_toy.ipynb #adce06df
-import json, os, subprocess, sys, tempfile, time
+# %% ../nbs/10_toy.ipynb #b3c90ce3
+import json, math, os, subprocess, sys, tempfile, time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,22 @@ import torch
 from tqdm.auto import tqdm
 
 from .core import FORMAT, nearest, read_json, rng, stable_hash, to_iso, write_json
+from .dubbing import DUBBED, DUBS, DubMix, dub_casts, dub_speech
 from .media import write_video
 from .shapes import BACKGROUNDS, SILENT, SOUNDING, background, random_look, stamp
 from .synths import AMBIENCES, SYNTH_HZ, ambience, play
 from .voices import NAMED, SEEN, UNSEEN, WORDS, bank
 
-# %% ../nbs/10_toy.ipynb #0c85863b
+# %% ../nbs/10_toy.ipynb #145c4ef4
 FPS, SIZE = 25, 112
 EDITION = 3  # of the corpus: raised whenever the same seed gives other videos, so that old files are made again
-KINDS = {"scenes": 2., "loc": 1., "ret": 1., "muted": 1., "speech": 1., "isolated": 1.}  # seconds a shot lasts
+KINDS = {"scenes": 2., "loc": 1., "ret": 1., "muted": 1., "speech": 1., "isolated": 1.} | dict.fromkeys(DUBS, 3.)  # seconds a shot lasts
 PLACE_HEARD = {"scenes": .25, "ret": 1.}  # share of shots in which the sound of the place is heard
 
 def _cast(g, kind:str, pair):
     "Which classes are in the picture and which of them sound: [(class, sounding), ...], and the background."
     classes = [str(c) for c in g.permutation(SOUNDING)]
+    if kind in DUBS: return pair[:2]
     if kind == "ret":
         a, b, ground = pair
         return [(a, True), (b, True), (next(c for c in classes if c not in (a, b)), False)], ground
@@ -48,7 +51,7 @@ def _places(g, n:int, radii):
         if min(gaps, default=1) > 0: break
     return at
 
-# %% ../nbs/10_toy.ipynb #8aafbf95
+# %% ../nbs/10_toy.ipynb #d3208767
 def _slot(g, kind:str, cast):
     "Which objects play in one second, and which object (index) the narrator names."
     sounding = [k for k, (_, s) in enumerate(cast) if s]
@@ -64,7 +67,7 @@ def _shot(g, kind:str, start_s:float, pair=None):
     places = _places(g, len(cast), [look.radius for look in looks])
     moves = [dict(at=at.tolist(), drift=g.normal(0, 3, 2).tolist(), sway=g.uniform(0, 2.5, 2).tolist(), beat=float(g.uniform(.3, 1.2)),
                   phase=float(g.uniform(0, 6)), wobble=float(g.uniform(0, .12))) for at in places]
-    place_heard = g.random() < PLACE_HEARD.get(kind, 0.)
+    place_heard = pair[2] if kind in DUBS else g.random() < PLACE_HEARD.get(kind, 0.)
     slots = [_slot(g, kind, cast) for _ in range(int(KINDS[kind]))]
     return dict(start_s=start_s, end_s=start_s + KINDS[kind], background=ground, ambience=AMBIENCES[ground] if place_heard else None,
                 cast=cast, looks=looks, moves=moves, slots=slots)
@@ -74,11 +77,16 @@ def plan(
     i:int,          # number of the video, from 0
     seed:int=0,
     dur_s:float=10.,
+    mix:DubMix|None=None, # of the kinds for dubs
 )->list:            # shots
     "What will happen in one video; every number comes from (seed, kind, i)."
     if kind not in KINDS: raise ValueError(f"toy kind {kind!r} is unknown; {nearest(kind, KINDS)}")
     if kind == "muted": return [shot | {"ambience": None} for shot in plan("ret", i, seed, dur_s)]
+    if kind == "dubs_control": return plan("dubs", i, seed, dur_s, mix)
     n, g = int(dur_s // KINDS[kind]), rng("toy", seed, kind, i)
+    if kind in DUBS:
+        n, mix = math.ceil(dur_s / KINDS[kind]), mix or DubMix()
+        return [_shot(g, kind, k*KINDS[kind], scene) | {"ambience_db": mix.ambience_db} for k, scene in enumerate(dub_casts(kind, i, seed, n, mix))]
     pairs = [None] * n
     if kind == "ret":
         triples = [(a, b, ground) for k, a in enumerate(SOUNDING) for b in SOUNDING[:k] for ground in BACKGROUNDS]
@@ -107,7 +115,7 @@ def draw(
     frames = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
     return frames, np.stack(labels), np.array(number, np.uint8)
 
-# %% ../nbs/10_toy.ipynb #3c1acc0d
+# %% ../nbs/10_toy.ipynb #51fc5970
 def _effects(g, shots, total:int):
     "Music and effects (S,), and for each shot each object's spans in seconds."
     out, spans = np.zeros(total), []
@@ -122,7 +130,7 @@ def _effects(g, shots, total:int):
                 spans[-1][i] += [(round(at_s+on, 4), round(at_s+off, 4)) for on, off in when]
         if shot["ambience"]:
             a, b = int(shot["start_s"]*SYNTH_HZ), int(shot["end_s"]*SYNTH_HZ)
-            out[a:b] += ambience(g, shot["ambience"], (b-a)/SYNTH_HZ) * 10**(-18/20)
+            out[a:b] += ambience(g, shot["ambience"], (b-a)/SYNTH_HZ) * 10**(shot.get("ambience_db", -18)/20)
     return out, spans
 
 def _speech(g, kind:str, shots, total:int, banks):
@@ -143,22 +151,23 @@ def _speech(g, kind:str, shots, total:int, banks):
             said.append((n, dict(voice=voice, target=target + 1, words=words)))
     return tracks, said
 
-# %% ../nbs/10_toy.ipynb #125fb65a
+# %% ../nbs/10_toy.ipynb #109da11c
 def sound(
     kind:str, # one of KINDS
     shots,    # from `plan`
     banks,    # {language: bank(language)}
     g,        # generator of this video's sound
+    mix:DubMix|None=None, # of the kinds for dubs
 )->tuple:     # {language: (S,) float32 at 48 kHz, ..., "zxx": the same without speech}, spans, said
     "All tracks of a video, at one common level."
     total = int(round(shots[-1]["end_s"] * SYNTH_HZ))
     effects, spans = _effects(g, shots, total)
-    speech, said = _speech(g, kind, shots, total, banks)
+    speech, said = dub_speech(kind, int(g.integers(2**62)), shots, banks, mix or DubMix()) if kind in DUBS else _speech(g, kind, shots, total, banks)
     tracks = {lang: effects + x for lang, x in speech.items()} | {"zxx": effects}
     level = min(1., .97 / max(np.abs(x).max() for x in tracks.values()))
     return {lang: torch.from_numpy((x * level).astype(np.float32)) for lang, x in tracks.items()}, spans, said
 
-# %% ../nbs/10_toy.ipynb #f4f179f5
+# %% ../nbs/10_toy.ipynb #3f068cb2
 def _truth(stem:str, kind:str, shots, spans, said, made:str):
     "The JSON beside a video; labels are numbers from 1 as in the label map."
     out = []
@@ -168,49 +177,53 @@ def _truth(stem:str, kind:str, shots, spans, said, made:str):
                     "objects": objects, "narrator": [w for m, w in said if m == n]})
     return {"format": FORMAT, "video": stem, "kind": kind, "dur_s": shots[-1]["end_s"], "fps": FPS, "made": made, "shots": out}
 
-def _mark(i, seed, languages, kind, dur_s): return stable_hash([EDITION, i, seed, list(languages), kind, dur_s])
+def _mark(i, seed, languages, kind, dur_s, mix=None): return stable_hash([EDITION, i, seed, list(languages), kind, dur_s] + ([asdict(mix)] if mix else []))
 
-def _is_made(out:Path, i:int, seed, languages, kind, dur_s):
+def _is_made(out:Path, i:int, seed, languages, kind, dur_s, mix=None):
     "Whether this very video is there already: its truth is written last."
     file = out/"truth"/f"{kind}_{i:04d}.json"
-    return file.exists() and (out/f"{kind}_{i:04d}.mp4").exists() and read_json(file)["made"] == _mark(i, seed, languages, kind, dur_s)
+    return file.exists() and (out/f"{kind}_{i:04d}.mp4").exists() and read_json(file)["made"] == _mark(i, seed, languages, kind, dur_s, mix)
 
-def _make_one(out:Path, i:int, seed:int, languages, kind:str, dur_s:float, banks):
+def _make_one(out:Path, i:int, seed:int, languages, kind:str, dur_s:float, mix, banks):
     "One video and its truth."
-    stem, made = f"{kind}_{i:04d}", _mark(i, seed, languages, kind, dur_s)
-    shots = plan(kind, i, seed, dur_s)
+    stem, made = f"{kind}_{i:04d}", _mark(i, seed, languages, kind, dur_s, mix)
+    shots = plan(kind, i, seed, dur_s, mix)
     frames, labels, number = draw(shots)
-    tracks, spans, said = sound(kind, shots, banks, rng("sound", seed, kind, i))
-    write_video(out/f"{stem}.mp4", frames, FPS, tracks, rate_hz=SYNTH_HZ)
+    tracks, spans, said = sound(kind, shots, banks, rng("sound", seed, "dubs" if kind == "dubs_control" else kind, i), mix)
+    write_video(out/f"{stem}.mp4", frames, FPS, [(name.partition("#")[0], x) for name, x in tracks.items()], rate_hz=SYNTH_HZ)
     part = out/"truth"/f".{stem}.part.npz"
     np.savez_compressed(part, labels=labels, shot=number); os.replace(part, out/"truth"/f"{stem}.npz")
     write_json(out/"truth"/f"{stem}.json", _truth(stem, kind, shots, spans, said, made))
 
-# %% ../nbs/10_toy.ipynb #9c1a9436
+# %% ../nbs/10_toy.ipynb #af57e6e5
 def make_toy(
     out:str|Path,                                    # folder for the mp4 files; `truth/` goes beside them
     n_videos:int,                                    # how many
     seed:int=0,                                      # same seed, same frames and samples
-    languages=("en", "es", "fr", "de", "it", "ja"),  # sound tracks beside `zxx`
+    languages=None,                                  # sound tracks beside `zxx`; None = en es fr de it ja, without ja to train with dubs
     kind:str="scenes",                               # one of KINDS
-    dur_s:float=10.,                                 # seconds a video lasts, at least 10
+    dur_s:float|None=None,                           # seconds a video lasts, at least 10; None = 10, or 12 for the kinds for dubs
     workers:int|None=None,                           # processes; None = one a processor if there are 8 videos or more
+    mix:DubMix|None=None,                            # levels of the kinds for dubs
 )->Path:                                             # `out`
     "Write the toy corpus. ValueError if `out` already holds other videos."
-    out, languages = Path(out), tuple(to_iso(lang) for lang in languages)
+    for_dubs, out = kind in DUBS, Path(out)
+    if mix and not for_dubs: raise ValueError(f"make_toy: mix={mix} is for the kinds {', '.join(DUBS)}, and kind={kind!r} was asked for.")
+    mix, dur_s = (mix or DubMix()) if for_dubs else None, (12. if for_dubs else 10.) if dur_s is None else dur_s
+    languages = tuple(to_iso(lang) for lang in languages or (DUBBED if kind in ("dubs", "dubs_control") else WORDS))
     if n_videos < 1 or dur_s < 10: raise ValueError(f"make_toy: n_videos={n_videos}, dur_s={dur_s}; needed at least 1 video of at least 10 s.")
-    plan(kind, n_videos - 1, seed, dur_s)  # a kind or number that cannot be made fails here, before anything is written
+    plan(kind, n_videos - 1, seed, dur_s, mix)  # a kind or number that cannot be made fails here, before anything is written
     (out/"truth").mkdir(parents=True, exist_ok=True)
     other = {p.name for p in out.glob("*.mp4")} - {f"{kind}_{i:04d}.mp4" for i in range(n_videos)}
     if other: raise ValueError(f"{out} holds {len(other)} videos that this call would not make, {min(other)} first. Give an empty folder.")
-    todo = [i for i in range(n_videos) if not _is_made(out, i, seed, languages, kind, dur_s)]
+    todo = [i for i in range(n_videos) if not _is_made(out, i, seed, languages, kind, dur_s, mix)]
     if not todo: return out
     n_workers = workers or (os.cpu_count() if len(todo) >= 8 else 1)
     with tempfile.TemporaryDirectory() as keep:
         banks = {lang: bank(lang, Path(keep)) for lang in languages}
         if n_workers == 1:
-            for i in tqdm(todo, f"toy {kind}", unit="video", delay=5): _make_one(out, i, seed, languages, kind, dur_s, banks)
-        else: _spread(out, todo, n_workers, [seed, list(languages), kind, dur_s, keep])
+            for i in tqdm(todo, f"toy {kind}", unit="video", delay=5): _make_one(out, i, seed, languages, kind, dur_s, mix, banks)
+        else: _spread(out, todo, n_workers, [seed, list(languages), kind, dur_s, mix and asdict(mix), keep])
     return out
 
 def _spread(out:Path, todo, n_workers:int, job):
@@ -226,12 +239,12 @@ def _spread(out:Path, todo, n_workers:int, job):
     for p in procs:
         if p.returncode: raise RuntimeError(f"make_toy: a worker stopped with status {p.returncode}: {p.stderr.read().strip()[-800:]}")
 
-# %% ../nbs/10_toy.ipynb #472dbc31
+# %% ../nbs/10_toy.ipynb #948e0c75
 def main():
     "A worker of `make_toy`: `python -m avnb.toy OUT JOB`, JOB being the JSON that `_spread` gives."
-    out, (numbers, seed, languages, kind, dur_s, keep) = Path(sys.argv[1]), json.loads(sys.argv[2])
+    out, (numbers, seed, languages, kind, dur_s, mix, keep) = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     banks = {lang: bank(lang, Path(keep)) for lang in languages}
-    for i in numbers: _make_one(out, i, seed, languages, kind, dur_s, banks)
+    for i in numbers: _make_one(out, i, seed, languages, kind, dur_s, mix and DubMix(**mix), banks)
 
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trainer', 'fit', 'main']
 
-# %% ../nbs/42_training.ipynb #7c5f572b
+# %% ../nbs/42_training.ipynb #b4b0243c
 import argparse, fcntl, json, math, os, resource, signal, threading, time
 from pathlib import Path
 
@@ -14,20 +14,17 @@ from fastcore.basics import patch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .batches import ClipDataset, VideoSampler, audible, loader
-from .checkpoints import Run, best_step, build_model, checkpoints, cut_lines, load_checkpoint, prune, read_lines, rng_state, save_checkpoint
+from .batches import VideoSampler
+from .checkpoints import Run, best_step, checkpoints, cut_lines, load_checkpoint, prune, read_lines, rng_state, save_checkpoint
 from .configs import from_sections, job_from_file
 from .core import device as pick_device, read_json, seed_everything, settings, stable_hash, write_json
 from .gradients import backward, cached_backward, has_batch_norm, has_bf16
-from .groups import split
-from .objectives import Grounding, row_labels
+from .methods import method_of
 from .processes import any_rank, average_gradients
 from .recipes import Recipe, differences, from_dict, to_dict
 from .schedules import first_update, parameter_groups, set_rates, updates
-from .snapshots import draw_snapshots, upload
-from .sources import find_store, questions
-from .tokens import cached, open_caches
-from .validation import validate
+from .snapshots import upload
+from .sources import find_store
 
 # %% ../nbs/42_training.ipynb #22013267
 class Trainer:
@@ -48,31 +45,24 @@ class Trainer:
         self._data(); self._model()
         self.step, self.skipped, self.cpu_s, self.waiting, self.stop, self.wandb, self.caches = 0, torch.zeros(2, device=self.device), 0., [], False, None, {}
 
-# %% ../nbs/42_training.ipynb #c203686f
+# %% ../nbs/42_training.ipynb #36f6b9c0
 @patch
 def _data(self:Trainer):
-    r, toy = self.recipe, self.recipe.data.source is None
-    parts = split(self.store, (1., 0., 0.) if toy else r.data.shares, r.seed)
-    self.track = r.view.track if isinstance(r.view.track, str) and r.view.track != "random" else None
-    rows = audible(self.store, parts["train"], self.track)
-    self.val_rows = audible(self.store, parts["val"], self.track)
-    self.clips = ClipDataset(self.store, rows, r.view, seed=r.seed, cache=True)
-    self.labels = row_labels(self.store["labels"][:]) if r.loss.negatives == "label" else None
-    self.sampler = VideoSampler(self.clips.groups, self.train.batch_size, seed=r.seed, rank=self.rank, world=self.world)
-    self.loader = loader(self.clips, self.sampler, device=self.device, workers=self.workers)
+    self.method = m = method_of(self.recipe, self.store)
+    self.sampler = VideoSampler(m.groups, self.train.batch_size, per_group=m.per_group, seed=self.recipe.seed, rank=self.rank, world=self.world)
+    self.loader = m.loader(self.sampler, self.device, self.workers)
     self.per_epoch = self.sampler.batches
     self.total = self.train.steps or updates(self.train.epochs*self.per_epoch, self.train.accumulate)
     share = -(-self.sampler.batch_size // self.world)  # clips of a rank
     self.pieces = -(-share // self.train.micro_batch) if self.train.micro_batch else 1
-    if self.main: print(f"{len(rows)} segments of {len(set(self.clips.groups))} groups to learn from, {len(self.val_rows)} held out; {self.per_epoch} batches an epoch, {self.total} updates in all.")
+    if self.main: print(f"{len(m.rows)} segments of {len(set(m.groups))} groups to learn from, {len(m.val_rows)} held out; {self.per_epoch} batches an epoch, {self.total} updates in all.")
 
-# %% ../nbs/42_training.ipynb #b778f27a
 @patch
 def _model(self:Trainer):
     r = self.recipe
     seed_everything(r.seed)
-    self.model = build_model(r).to(self.device)
-    self.objective = Grounding(r.model, r.loss, r.seed).to(self.device)
+    self.model, self.objective = self.method.model().to(self.device), self.method.objective().to(self.device)
+    self.towers = {name: getattr(self.model, name) for name in self.method.towers}
     self.half = self.train.precision == "bf16" or self.train.precision == "auto" and has_bf16(self.device)
     self.optimizer = torch.optim.AdamW(parameter_groups(self.model, self.objective.temperature, self.train), fused=True)
     seed_everything(r.seed + 1_000_003*self.rank)  # dropout differs by rank, weights do not
@@ -80,11 +70,11 @@ def _model(self:Trainer):
 
 @patch
 def _say(self:Trainer):
-    if not (self.model.audio.pretrained or self.model.image.pretrained): print("Towers start fresh: unfreezing does not apply, they learn from the first step.")
+    if not any(t.pretrained for t in self.towers.values()): print("Towers start fresh: unfreezing does not apply, they learn from the first step.")
     if self.train.accumulate > 1: print(f"{self.train.accumulate} batches an update: the gradient of {self.train.accumulate} small batches, with the negatives of one. train.micro_batch gives a large one.")
     if self.pieces > 1 and has_batch_norm(self.model): print("A tower has batch norm: it normalises over the clips of a piece, so cached gradients are not exactly the large batch's.")
 
-# %% ../nbs/42_training.ipynb #2ca36e89
+# %% ../nbs/42_training.ipynb #52110091
 @patch
 def update(self:Trainer,
     batches:list, # of the loader: one, or as many as are accumulated
@@ -96,8 +86,7 @@ def update(self:Trainer,
     self.optimizer.zero_grad(set_to_none=True)
     how = dict(half=self.half, share=1/len(batches), step=self.step, rank=self.rank, world=self.world)
     for batch in batches:
-        batch = cached(batch, self.caches)
-        if self.labels is not None: batch = batch | {"label": self.labels[batch["row"].cpu()]}
+        batch = self.method.more(batch, self.caches)
         found.append(cached_backward(self.model, self.objective, batch, self.pieces, **how) if self.pieces > 1 else backward(self.model, self.objective, batch, **how))
     loss, terms = torch.stack([x for x, _ in found]).mean(), {k: torch.stack([x[k] for _, x in found]).mean() for k in found[0][1]}
     params = [p for g in self.optimizer.param_groups for p in g["params"] if p.requires_grad]
@@ -134,11 +123,11 @@ def write(self:Trainer, took_s:float)->dict:
                            "Lower train.lr, or look at the data of that step (seed and epoch are in recipe.json and metrics.jsonl).")
     return lines[-1]
 
-# %% ../nbs/42_training.ipynb #240a7fc1
+# %% ../nbs/42_training.ipynb #ca69a1cf
 @patch
 def keep_best(self:Trainer)->None:
     "Validate, and save a checkpoint if it is the best so far."
-    line = validate(self.model, self.recipe, self.store, self.val_rows, self.device, self.step) if self.main else None
+    line = self.method.validate(self.model, self.device, self.step) if self.main else None
     if line is not None:
         with open(self.out/"val.jsonl", "a") as f: f.write(json.dumps(line) + "\n")
     lines = read_lines(self.out/"val.jsonl") if self.main else []
@@ -158,14 +147,12 @@ def save(self:Trainer)->None:
     save_checkpoint(self.out, self.step, self.model, self.objective.temperature, self.optimizer, state, rng)
     prune(self.out, self.train.keep, best_step(self.out), self.train.keep_every)
 
-# %% ../nbs/42_training.ipynb #4c785b08
+# %% ../nbs/42_training.ipynb #4fec3dcd
 @patch
 def draw(self:Trainer)->None:
     "Snapshots and heat videos of fixed clips, to the run folder and to wandb."
     if not self.main: return
-    if self.recipe.data.source is None: store = questions(self.recipe)["loc"]; rows = range(len(store))
-    else: store, rows = self.store, self.val_rows if len(self.val_rows) else self.clips.rows
-    files = draw_snapshots(self.model, store, rows, self.recipe.view, self.out/"snapshots", self.step, self.train.draw_n)
+    files = self.method.draw(self.model, self.out/"snapshots", self.step, self.train.draw_n)
     if self.wandb: upload(files, self.wandb)
 
 # %% ../nbs/42_training.ipynb #b6aa16a7
@@ -197,12 +184,12 @@ def _same_recipe(self:Trainer)->None:
     if changed:
         raise ValueError(f"{self.out} holds a run of another recipe: " + ", ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in changed.items()) + ". Give another folder, or `force_new=True` to start over.")
 
-# %% ../nbs/42_training.ipynb #87f716d4
+# %% ../nbs/42_training.ipynb #1a5d2a3e
 @patch
 def unfreeze(self:Trainer)->None:
     "Pretrained towers learn from their update on; before it they are frozen, and frozen means frozen."
-    for name in ("audio", "image"):
-        tower, frozen = getattr(self.model, name), self.step < first_update(self.train, name, self.per_epoch)
+    for name, tower in self.towers.items():
+        frozen = self.step < first_update(self.train, name, self.per_epoch)
         if tower.pretrained and tower.frozen != frozen: tower.freeze(frozen)
         if not frozen: self.caches.pop(name, None)
 
@@ -210,8 +197,8 @@ def unfreeze(self:Trainer)->None:
 def read_tokens(self:Trainer)->None:
     "Tokens of towers that are frozen now, if the recipe wants them read from disk; one process makes them, the others wait."
     self.unfreeze()
-    if not self.train.token_cache or not (self.model.audio.frozen or self.model.image.frozen): return
-    self.caches = open_caches(settings().data/"tokens", self.model, store=self.store, view=self.recipe.view, rows=audible(self.store, None, self.track))  # all rows: every seed shares them
+    if not self.train.token_cache or not any(t.frozen for t in self.towers.values()): return
+    self.caches = self.method.caches(self.model)
 
 # %% ../nbs/42_training.ipynb #89b4bbbf
 @patch

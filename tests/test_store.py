@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 
 from avnb.core import read_json
-from avnb.media import write_video
+from avnb.media import mux, write_video
 from avnb.rows import StoreConfig
 from avnb.store import Report, open_store, prepare, store_all
 
@@ -181,6 +183,87 @@ def test_layout_of_lssd(tmp_path):
     few = StoreConfig(workers=0, languages=("fra",))
     assert prepare(src, tmp_path / "store", recipe=few).n_rows == 7
     assert open_store(tmp_path / "store")["tracks"][0] == ["fr"]
+
+
+def tone(hz, seconds): return 0.3 * torch.sin(torch.arange(int(48_000 * seconds)) * 2 * torch.pi * hz / 48_000)
+
+
+def sound_file(path, wave, begin_s=0.0):
+    "A sound file whose track begins at a time of its own."
+    with av.open(str(path), "w") as c:
+        s = c.add_stream("flac", rate=48_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray((wave * 32767).short().numpy()[None], format="s16", layout="mono")
+        frame.sample_rate, frame.time_base, frame.pts = 48_000, Fraction(1, 48_000), int(begin_s * 48_000)
+        for packet in [*s.encode(frame), *s.encode(None)]: c.mux(packet)
+    return path
+
+
+DUBS = StoreConfig(workers=0, rate_hz=48_000, seconds=3.0, fps=4)
+
+
+@pytest.fixture
+def dubs(tmp_path):
+    "A film with dubs beside it, as videos and as sounds; one is short, one begins late, one is broken; and two videos whose names only look like it."
+    src, g = tmp_path / "src", torch.Generator().manual_seed(0)
+    picture = lambda: torch.randint(0, 255, (1, 3, 6, 8), generator=g).byte().repeat(225, 1, 1, 1).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    write_video(src / "film.mp4", picture(), 25, dict(en=tone(300, 9)))
+    mux(src / "film.mp4", {"en": tone(400, 8)}, src / "film_fra.mp4")  # tagged by a tool that copies tags
+    sound_file(tmp_path / "de.mka", tone(500, 9)).rename(src / "film_deu.flac")
+    sound_file(tmp_path / "it.mka", tone(600, 8), 1.0).rename(src / "film_ita.WAV")
+    (src / "film_spa.mp4").write_bytes((src / "film_fra.mp4").read_bytes()[:3000])
+    write_video(src / "shark.mp4", picture(), 25, dict(en=tone(300, 9)))
+    write_video(src / "shark_fin.mp4", picture(), 25, dict(en=tone(300, 9)))
+    return src
+
+
+def heard(row):
+    "Language -> the loudest frequency of its middle second, in Hz."
+    out = {}
+    for language, pcm in zip(row["tracks"], row["sound"], strict=True):
+        wave = np.frombuffer(pcm, np.int16)[48_000:96_000].astype(float)
+        out[language] = int(np.abs(np.fft.rfft(wave)).argmax()) if wave.any() else 0
+    return out
+
+
+@pytest.mark.quick
+def test_dubs_beside_a_video_are_tracks_of_one_row(dubs, tmp_path):
+    report = prepare(dubs, tmp_path / "store", recipe=DUBS)
+    rows = open_store(tmp_path / "store")
+    film = [r for r in rows if r["title"] == "film"]
+    assert [heard(r) for r in film] == [dict(en=300, de=500, fr=400), dict(en=300, de=500, fr=400, it=600), dict(en=300, de=500, it=600)]
+    assert report.missing == {"it": 1, "fr": 1}  # of the first and of the last span
+    assert [Path(p).name for p, _ in report.broken] == ["film_spa.mp4"] and report.n_ok == 6
+    assert {r["title"]: r["tracks"] for r in rows if r["title"] != "film"} == {"shark": ["en"], "shark_fin": ["en"]}
+    assert (report.n_rows, report.n_undubbed) == (9, 6)
+    info = read_json(tmp_path / "store/store.json")["counts"]
+    assert (info["files"], info["good"], info["broken"], info["missing"]) == (7, 6, 1, {"fr": 1, "it": 1})
+
+
+@pytest.mark.quick
+def test_a_changed_dub_makes_its_family_again(dubs, tmp_path):
+    out, new = tmp_path / "store", StoreConfig(workers=0, rate_hz=48_000, seconds=3.0, fps=2, languages=("en", "fr", "de"))
+    assert prepare(dubs, out, recipe=new).n_made == 2
+    assert prepare(dubs, out, recipe=new).n_made == 0
+    sound_file(tmp_path / "x.mka", tone(700, 9)).rename(dubs / "film_deu.flac")
+    assert prepare(dubs, out, recipe=new).n_made == 1
+    assert heard(open_store(out)[0])["de"] == 700
+    (dubs / "film_deu.flac").unlink()
+    assert prepare(dubs, out, recipe=new).n_made == 1
+    assert open_store(out)[0]["tracks"] == ["en", "fr"]
+    fresh = tmp_path / "fresh"
+    prepare(dubs, fresh, recipe=new)
+    same_store(out, fresh)
+
+
+@pytest.mark.quick
+def test_the_next_video_gives_the_pictures(dubs, tmp_path):
+    for name in ("film.mp4", "film_ita.WAV", "film_spa.mp4", "shark.mp4", "shark_fin.mp4"): (dubs / name).unlink()
+    (dubs / "film_eng.mp4").write_bytes((dubs / "film_fra.mp4").read_bytes()[:3000])
+    report = prepare(dubs, tmp_path / "store", recipe=DUBS)
+    assert [Path(p).name for p, _ in report.broken] == ["film_eng.mp4"] and report.n_ok == 2
+    assert heard(open_store(tmp_path / "store")[0]) == dict(fr=400, de=500)
+    (dubs / "film_fra.mp4").unlink()
+    with pytest.raises(ValueError, match="of 2 files are broken"): prepare(dubs, tmp_path / "store", recipe=DUBS)
 
 
 @pytest.mark.soak
