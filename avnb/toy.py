@@ -151,7 +151,7 @@ def _speech(g, kind:str, shots, total:int, banks):
             said.append((n, dict(voice=voice, target=target + 1, words=words)))
     return tracks, said
 
-# %% ../nbs/10_toy.ipynb #109da11c
+# %% ../nbs/10_toy.ipynb #cbcbd431
 def sound(
     kind:str, # one of KINDS
     shots,    # from `plan`
@@ -165,6 +165,7 @@ def sound(
     speech, said = dub_speech(kind, int(g.integers(2**62)), shots, banks, mix or DubMix()) if kind in DUBS else _speech(g, kind, shots, total, banks)
     tracks = {lang: effects + x for lang, x in speech.items()} | {"zxx": effects}
     level = min(1., .97 / max(np.abs(x).max() for x in tracks.values()))
+    if kind in DUBS: level = min(level, 1 / (1 + 10**((mix or DubMix()).speech_db/20)))  # whatever is said, so that the control has the very same effects
     return {lang: torch.from_numpy((x * level).astype(np.float32)) for lang, x in tracks.items()}, spans, said
 
 # %% ../nbs/10_toy.ipynb #3f068cb2
