@@ -453,6 +453,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'avnb.models.build_tower': ('models.html#build_tower', 'avnb/models.py'),
                              'avnb.models.clip_heat': ('models.html#clip_heat', 'avnb/models.py'),
                              'avnb.models.from_pretrained': ('models.html#from_pretrained', 'avnb/models.py'),
+                             'avnb.models.load_aligner': ('models.html#load_aligner', 'avnb/models.py'),
                              'avnb.models.token_loudness': ('models.html#token_loudness', 'avnb/models.py'),
                              'avnb.models.tower_spec': ('models.html#tower_spec', 'avnb/models.py')},
             'avnb.mvit': { 'avnb.mvit.BatchNorm3d': ('mvit.html#batchnorm3d', 'avnb/mvit.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['build_model', 'rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'prune', 'best_step',
-           'load_run', 'Run', 'read_lines', 'cut_lines']
+           'load_run', 'Run', 'read_lines', 'cut_lines', 'load_lssd']
 
-# %% ../nbs/41_checkpoints.ipynb #25d9a604
+# %% ../nbs/41_checkpoints.ipynb #40196cb4
 import json, os, random, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,11 @@ from .adapters import add_lora
 from .core import FORMAT, read_json, sync_folder, write_atomic, write_json
 from .encoders import audio_encoder, image_encoder
 from .models import DenseAligner, from_pretrained
+from .published import load_lssd
 from .recipes import Recipe, from_dict
+
+# %% ../nbs/41_checkpoints.ipynb #a72844a3
+_all_ = ["load_lssd"] # importable from here, too
 
 # %% ../nbs/41_checkpoints.ipynb #945c34ac
 def build_model(

@@ -76,13 +76,18 @@ class Batches:
         "Records with a window in these batches, in order."
         return [r for r in range(len(self.records)) if any(b in todo for b in range(self.of(r, 0), self.of(r, self.records[r].slots) + 1))]
 
-# %% ../nbs/52_extraction.ipynb #f9b7d908
+# %% ../nbs/52_extraction.ipynb #19fd7593
 def ahead(
     jobs:list,      # functions without arguments, each of which gives a generator
     workers:int=1,  # jobs under way at once; 0: no threads
     depth:int=4,    # items that a job may be ahead
 ):                  # (number of the job, item or exception), in order
     "What the jobs' generators give, made in threads."
+    if not workers:
+        for n, job in enumerate(jobs):
+            try: yield from ((n, x) for x in job())
+            except Exception as e: yield n, e # whatever a library raises at a broken file
+        return
     stop = threading.Event()
     def put(q, x):
         while not stop.is_set():
@@ -93,17 +98,14 @@ def ahead(
             for x in job():
                 put(q, x)
                 if stop.is_set(): return
-        except Exception as e: put(q, e) # whatever a library raises at a broken file
+        except Exception as e: put(q, e)
         put(q, None)
-    def begin(job):
-        q = queue.Queue(depth if workers else 0)
-        (pool.submit if workers else lambda f, *a: f(*a))(fill, job, q)
-        return q
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         left, under_way = iter(jobs), deque()
         try:
             for n in range(len(jobs)):
-                while len(under_way) < max(workers, 1) and (job := next(left, None)): under_way.append(begin(job))
+                while len(under_way) < workers and (job := next(left, None)):
+                    under_way.append(queue.Queue(depth)); pool.submit(fill, job, under_way[-1])
                 q = under_way.popleft()
                 while (x := q.get()) is not None: yield n, x
         finally: stop.set()

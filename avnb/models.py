@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'Linear', 'Centred', 'DenseAligner', 'token_loudness', 'audible_tokens', 'clip_heat', 'alone', 'tower_spec',
-           'build_tower', 'from_pretrained']
+           'build_tower', 'load_aligner', 'from_pretrained', 'DualEncoder']
 
-# %% ../nbs/24_models.ipynb #10212b6a
+# %% ../nbs/24_models.ipynb #8b5daad9
 from pathlib import Path
 
 import torch
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from .adapters import add_lora, base_hash, is_adapter
 from .core import FORMAT, nearest, read_json, write_atomic, write_json
+from .duals import DualEncoder, load_dual
 from .encoders import BatchNorm1d, Encoder, build_encoder, load_encoder
 from .losses import SIMILARITIES
+
+# %% ../nbs/24_models.ipynb #5f1c0e15
+_all_ = ["DualEncoder"] # importable from here, too
 
 # %% ../nbs/24_models.ipynb #23cda12b
 class Linear(nn.Linear):
@@ -162,7 +166,7 @@ def build_tower(
     if base and base_hash(tower) != want: raise ValueError(f"{base}: its weights are not those that the adapters were learned on; needed a base with hash {want[:12]}.")
     return add_lora(tower, **lora)
 
-# %% ../nbs/24_models.ipynb #2b932f64
+# %% ../nbs/24_models.ipynb #8478a8fd
 @patch
 def save_pretrained(self:DenseAligner,
     folder:str|Path, # made if missing
@@ -188,7 +192,7 @@ def read(self:DenseAligner,
     if missing or odd.unexpected_keys: raise ValueError(f"{where}: its weights do not fit the model: missing {missing[:3]}, superfluous {odd.unexpected_keys[:3]}.")
     return self
 
-def from_pretrained(
+def load_aligner(
     folder:str|Path, # written by `save_pretrained`
 )->DenseAligner:     # in evaluation mode, on the CPU
     "Read a folder back; FileNotFoundError or ValueError says what is missing or does not fit."
@@ -201,4 +205,12 @@ def from_pretrained(
     facts = {k: v for k, v in config.items() if k not in ("format", "model", "audio", "image")}
     return DenseAligner(build_tower(config["audio"]), build_tower(config["image"]), **facts).read(load_file(folder/"model.safetensors"), folder).eval()
 
-DenseAligner.from_pretrained = staticmethod(from_pretrained)
+DenseAligner.from_pretrained = staticmethod(load_aligner)
+
+def from_pretrained(
+    folder:str|Path, # written by any model's `save_pretrained`
+)->DenseAligner|DualEncoder:
+    "The model of a folder, whichever it is."
+    file = Path(folder)/"config.json"
+    kind = read_json(file).get("model") if file.is_file() else "DenseAligner"  # which says what is missing
+    return load_dual(folder) if kind == "DualEncoder" else load_aligner(folder)

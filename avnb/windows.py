@@ -107,7 +107,7 @@ def _numbered(c, s, times, wanted):
         for i in wanted: at.setdefault(round(float(times[i])*1e6), []).append(i)
         for f in c.decode(s): yield at.pop(round((f.time - zero)*1e6), []), f
 
-# %% ../nbs/51_windows.ipynb #dd41c8f6
+# %% ../nbs/51_windows.ipynb #ae205d0d
 def pictures(
     path:str|Path,
     wanted,          # numbers of pictures, counted as they are shown
@@ -117,8 +117,8 @@ def pictures(
     left, last, k = set(wanted), None, 0
     with opened(path) as c:
         s = pictures_of(c)
-        for k, (numbers, f) in enumerate(_numbered(c, s, times, wanted), 1):
-            last = f
+        for numbers, f in _numbered(c, s, times, wanted):
+            last, k = f, k + 1
             for i in left.intersection(numbers):
                 if f.is_corrupt: break
                 yield i, _upright(f); left.remove(i)

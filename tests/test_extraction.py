@@ -148,7 +148,7 @@ def test_any_file(tmp_path):
     src = tmp_path / "in"
     (src / "deep").mkdir(parents=True)
     for name, codec, rate, layout in (("a.WAV", "pcm_s16le", 22_050, "5.1"), ("b.flac", "flac", 44_100, "stereo"), ("c.mp3", "libmp3lame", 44_100, "stereo"),
-                                      ("d.opus", "libopus", 48_000, "mono"), ("e.Ogg", "libvorbis", 48_000, "stereo"), ("f.m4a", "aac", 48_000, "mono")):
+                                      ("d.opus", "libopus", 48_000, "mono"), ("e.Ogg", "libopus", 48_000, "stereo"), ("f.m4a", "aac", 48_000, "mono")):
         sound(src / "deep" / name, 4.8, codec, rate, layout)
     for name, codec in (("g.AVI", "mpeg4"), ("h.webm", "libvpx"), ("i.mkv", "libx264"), ("j.mov", "libx264")): film(src / name, codec)
     good = {p.name for p in src.rglob("*.*")}
