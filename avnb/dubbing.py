@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DUBS', 'DUBBED', 'DubMix', 'dub_casts', 'track_names', 'dub_speech', 'dub_answers']
 
-# %% ../nbs/10_dubbing.ipynb #66406e36
+# %% ../nbs/10_dubbing.ipynb #e7464d03
 import json
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import soxr
 from .core import rng
 from .shapes import BACKGROUNDS, SOUNDING
 from .synths import SYNTH_HZ
-from .voices import NAMED, SEEN, UNSEEN, WORDS, bank
+from .voices import NAMED, SEEN, UNSEEN, WORDS
 
 # %% ../nbs/10_dubbing.ipynb #1bd6645f
 DUBS = ("dubs", "dubs_control", "dubs_probe", "dubs_test") # kinds of the toy corpus

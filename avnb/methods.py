@@ -17,7 +17,7 @@ from .sources import questions
 from .tokens import cached, open_caches
 from .validation import validate
 
-# %% ../nbs/42_methods.ipynb #c9516420
+# %% ../nbs/42_methods.ipynb #d95c5ada
 class GroundingMethod:
     "Dense grounding: one frame and its sound, tokens, where."
     towers = ("audio", "image")  # of the model; a pretrained one may be frozen at first
@@ -31,6 +31,8 @@ class GroundingMethod:
         self.clips = ClipDataset(store, self.rows, r.view, seed=r.seed, cache=True)
         self.groups = self.clips.groups
         self.labels = row_labels(store["labels"][:]) if r.loss.negatives == "label" else None
+        if self.labels is not None and (self.labels < 0).all():
+            raise ValueError("loss.negatives='label' needs labels, and no row of this store has one: put truth/<video>.json with a \"label\" beside the videos and prepare them again, or use 'embedding'.")
 
     def loader(self, sampler, device, workers=None): return loader(self.clips, sampler, device=device, workers=workers)
 
@@ -38,8 +40,8 @@ class GroundingMethod:
 
     def objective(self): return Grounding(self.recipe.model, self.recipe.loss, self.recipe.seed)
 
-    def caches(self, model)->dict:  # {tower: TokenCache} of frozen towers, of all rows, so that every seed shares them
-        return open_caches(settings().data/"tokens", model, store=self.store, view=self.recipe.view, rows=audible(self.store, None, self.track))
+    def caches(self, model, half:bool, started:bool)->dict:  # {tower: TokenCache} of frozen towers, of all rows, so that every seed shares them
+        return open_caches(settings().data/"tokens", model, store=self.store, view=self.recipe.view, rows=audible(self.store, None, self.track), half=half, started=started)
 
     def more(self, batch:dict, caches:dict)->dict:
         batch = cached(batch, caches)

@@ -78,15 +78,17 @@ def frame_scores(
     weight = (scale*scores).detach().softmax(-1)
     return (weight*scores).sum(-1)
 
-# %% ../nbs/23_negatives.ipynb #d581c67f
+# %% ../nbs/23_negatives.ipynb #57e6a672
 def pool_time(
     audio:Tensor, # (B, T, D)
     keep:Tensor,  # (B, T) bool
     n:int,        # tokens averaged into one; 1 changes nothing
+    ready=None,   # what is done to tokens before they are compared, such as giving them length 1; None = nothing
 )->tuple[Tensor, Tensor]: # (B, ceil(T/n), D), zero where nothing is kept, and keep (B, ceil(T/n))
     "Average neighbouring kept tokens."
     if n < 1: raise ValueError(f"pool_time: n={n}; expected at least 1.")
     if n == 1: return audio, keep
     short = -audio.shape[1] % n
     parts, counts = pad(audio.masked_fill(~keep[..., None], 0), (0, 0, 0, short)).unflatten(1, (-1, n)), pad(keep, (0, short)).unflatten(1, (-1, n)).sum(2)
-    return parts.sum(2)/counts.clamp(min=1)[..., None].to(audio.dtype), counts > 0
+    mean = parts.sum(2)/counts.clamp(min=1)[..., None].to(audio.dtype)
+    return mean if ready is None else ready(mean), counts > 0

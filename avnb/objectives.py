@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['token_share', 'moments', 'row_labels', 'Grounding']
 
-# %% ../nbs/25_objectives.ipynb #93fe8089
+# %% ../nbs/25_objectives.ipynb #46c0d07f
 import json, zlib
 
 import torch
@@ -14,12 +14,12 @@ from torch.nn import functional as nnf
 
 from .heads import pair_scores
 from .losses import SIMILARITIES, GroundingLoss
-from .models import audible_tokens
+from .models import audible_tokens, by_heads
 from .negatives import frame_scores, global_scores, negative_weights, pool_time, same_label, too_alike
 from .processes import gather
-from .regularisers import regularise
+from .regularisers import own_volumes, regularise, silence
 
-# %% ../nbs/25_objectives.ipynb #89a1d5bb
+# %% ../nbs/25_objectives.ipynb #c6e29d88
 def token_share(
     samples:Tensor, # (B, S) bool
     n:int,          # tokens T
@@ -30,13 +30,13 @@ def token_share(
 def moments(
     batch:dict,  # of the loader
     keep:Tensor, # (B, T) bool, what the tower calls sound
-)->tuple:        # (B, T) bool: what is scored, what must answer nothing
-    "Which tokens are the clip's own, and which are silence or another clip's."
+)->tuple:        # (B, T) bool each: what is scored, what is silence, what is another clip's
+    "Which tokens are the clip's own, and which must answer nothing."
     spliced = token_share(batch["spliced"], keep.shape[1]) if "spliced" in batch else torch.zeros_like(keep)
     own = keep & ~spliced
     own = torch.where(own.any(-1, keepdim=True), own, keep)
     heard = audible_tokens(batch["audio"]*batch["keep"], keep) if "audio" in batch else keep
-    return own, (spliced | ~heard) & keep
+    return own, ~heard & keep & ~spliced, spliced & keep
 
 # %% ../nbs/25_objectives.ipynb #fadf0e89
 def row_labels(
@@ -80,8 +80,8 @@ class Grounding(nn.Module):
             press = gather((press*n)[None], world).sum() / gather(n[None], world).sum()
         return gather(scores, world), press
 
-# %% ../nbs/25_objectives.ipynb #a238b6bf
-def _negatives(self, out, batch, world):
+# %% ../nbs/25_objectives.ipynb #792fc41d
+def _negatives(self, out, keep, batch, world):
     "Weights (N, N) of the negatives, or None where all count."
     c = self.config
     if c.negatives == "all": return None
@@ -89,10 +89,12 @@ def _negatives(self, out, batch, world):
         if "label" not in batch: raise ValueError("loss.negatives='label' needs labels; this store's rows have none. Use 'embedding', or 'all'.")
         bad = same_label(gather(batch["label"].to(out["audio"].device), world))
     else:
-        audio, keep, image = out["audio"].detach(), out["keep"], out["image"].detach()
-        heard = (audio*keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
-        with torch.no_grad(): bad = too_alike(gather(heard, world), gather(image.flatten(1, -2).mean(1), world), c.negative_above)
-    return negative_weights(bad, c.negative_weight)
+        audio, image = out["audio"].detach(), out["image"].detach()
+        heard = gather((audio*keep[..., None]).sum(1) / keep.sum(1, keepdim=True), world)
+        shown = gather(image.flatten(1, -2).mean(1), world)
+        bad = too_alike(heard - heard.mean(0), shown - shown.mean(0), c.negative_above)
+    bad = bad & (bad.sum(1, keepdim=True) < len(bad) - 1)  # a clip that is like all others keeps them
+    return negative_weights(bad & bad.T, c.negative_weight)
 
 def _forward(self,
     out:dict,    # of `DenseAligner.project`: audio (B, T, D), keep (B, T), image (B, P, D) or (B, F, P, D)
@@ -102,14 +104,18 @@ def _forward(self,
 )->tuple:        # loss, and its terms for the log, detached
     "The loss of the global batch, equal on all ranks."
     c, m = self.config, self.model
-    keep, quiet = moments(batch, out["keep"])
+    keep, quiet, spliced = moments(batch, out["keep"])
     audio, image = out["audio"], gather(out["image"], world)
-    if m.time_pool > 1: quiet = pool_time(quiet[..., None].to(audio), out["keep"], m.time_pool)[0][..., 0] >= .5; audio, keep = pool_time(audio, keep, m.time_pool)
+    weight = _negatives(self, out, keep, batch, world)
+    if m.time_pool > 1:
+        quiet, spliced = (pool_time(x[..., None].to(audio), out["keep"], m.time_pool)[0][..., 0] >= .5 for x in (quiet, spliced))
+        audio, keep = pool_time(audio, keep, m.time_pool, lambda x: by_heads(x, m.similarity, m.heads))
     scores, press, extra = None, None, {}
     if c.share_global < 1: scores, press = self.scores(audio, keep, image, step, rank, world)
     whole = gather(global_scores(audio, keep, image.flatten(1, -2), m.similarity), world) if c.share_global else None
     if any((c.silence, c.variation, c.calibration, c.specialisation)):
         extra = regularise(gather(audio, world), gather(keep, world), image, self.temperature(), c, m.heads, gather(quiet, world))
-    return self.loss(scores, press, weight=_negatives(self, out, batch, world), global_scores=whole, extra=extra)
+    if c.spliced: extra["spliced"] = c.spliced*silence(own_volumes(gather(audio, world), image.flatten(1, -2), m.heads), gather(spliced, world), power=2)
+    return self.loss(scores, press, weight=weight, global_scores=whole, extra=extra)
 
 Grounding.forward = _forward

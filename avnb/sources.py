@@ -16,13 +16,13 @@ from .store import is_store, open_store, prepare
 from .toy import make_toy
 from .trials import toy_sets
 
-# %% ../nbs/41_sources.ipynb #cb215d5c
+# %% ../nbs/41_sources.ipynb #0c483be9
 def find_store(
     recipe:Recipe,
 ):              # the opened store
     "Open the recipe's store, making corpus and store first where they are missing; prints what was left out."
     home, source = settings().data, recipe.data.source
-    if source is None: source = make_toy(home/"toy"/f"scenes-{recipe.data.videos}", recipe.data.videos)
+    if source is None: source = make_toy(home/"toy"/f"{recipe.data.kind}-{recipe.data.videos}", recipe.data.videos, kind=recipe.data.kind)
     source = Path(source)
     if not source.is_dir(): raise FileNotFoundError(f"data: {source} is not a folder; needed videos, segments, or a prepared store.")
     if is_store(source): return open_store(source)

@@ -51,7 +51,7 @@ def seen(view:View, kind:str)->dict:
     if kind == "image": return {**asdict(view.image), "frame": view.frame, "frames": view.frames, **piece}
     return {**asdict(view.audio), "track": view.track, "splice": view.splice, **piece}
 
-# %% ../nbs/21_tokens.ipynb #9768d512
+# %% ../nbs/21_tokens.ipynb #d26d3642
 def store_checksum(
     store, # from `open_store`
 )->str:
@@ -64,21 +64,22 @@ def store_checksum(
     return info["checksum"]
 
 def facts(
-    store, encoder:Encoder, view:View, kind:str, rows, dtype:str, # as `TokenCache.open` takes them
+    store, encoder:Encoder, view:View, kind:str, rows, dtype:str, half:bool=False, # as `TokenCache.open` takes them
 )->dict: # JSON
     "Everything that a cached token depends on; its hash is the name of the cache."
     return dict(format=FORMAT, kind=kind, store=store_checksum(store), weights=weights_hash(encoder), spec=encoder.spec(), lora=getattr(encoder, "lora", None),
-                view=seen(view, kind), rows=stable_hash([int(r) for r in rows]), dtype=dtype)
+                view=seen(view, kind), rows=stable_hash([int(r) for r in rows]), dtype=dtype, half=half)
 
-# %% ../nbs/21_tokens.ipynb #6512be06
+# %% ../nbs/21_tokens.ipynb #9d3a0334
 def encode(
     encoder:Encoder, batch:dict, kind:str, # a frozen tower, a batch of `loader`, "audio" | "image"
+    half:bool=False, # computed in bf16, as a run in half precision would
 )->tuple: # tokens (B, T, dim) and keep (B, T), or tokens (B, P, dim), (B, F, P, dim) for several frames, and None
-    "A tower's outputs for a batch, in single precision."
+    "A tower's outputs for a batch."
     x = batch[kind]
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if kind == "audio": return encoder(x, batch["keep"])
-        return encoder(x.flatten(0, -4)).unflatten(0, x.shape[:-3]), None
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+        tokens, keep = encoder(x, batch["keep"]) if kind == "audio" else (encoder(x.flatten(0, -4)).unflatten(0, x.shape[:-3]), None)
+        return tokens.float(), keep
 
 def longest(
     store, encoder:Encoder, view:View, device, # as `TokenCache.open` takes them
@@ -130,7 +131,7 @@ def begin(
     write_json(folder/"tokens.json", info)
     return info
 
-# %% ../nbs/21_tokens.ipynb #6e62f27b
+# %% ../nbs/21_tokens.ipynb #041e114e
 def build(
     folder:Path, facts:dict, # of one cache; `facts` of what follows
     store, encoder:Encoder, view:View, rows, device, block:int,
@@ -145,7 +146,7 @@ def build(
         order = InOrder(n, block); order.set_epoch(0, info["done"]//block)
         with tqdm(total=n, initial=info["done"], desc=f"{kind} tokens", unit="clip", leave=False, delay=5) as bar:
             for batch in loader(ClipDataset(store, rows, view), order, device=device):
-                info["done"] += add_block(folder, info, *encode(encoder, batch, kind))
+                info["done"] += add_block(folder, info, *encode(encoder, batch, kind, facts["half"]))
                 write_json(folder/"tokens.json", info); bar.update(len(batch["row"]))
     return info
 
@@ -192,7 +193,7 @@ class TokenCache:
         x = torch.from_numpy(self.map[at][:, t]).to(self.device, non_blocking=True).float()
         return x if self.keep is None else (x, torch.from_numpy(self.keep[at][:, t]).to(self.device))
 
-# %% ../nbs/21_tokens.ipynb #b879434e
+# %% ../nbs/21_tokens.ipynb #7c57ea07
 def open_cache(
     folder:str|Path,   # of all caches; this one lives below it, under its own name
     *,
@@ -204,6 +205,7 @@ def open_cache(
     device=None,       # where tokens go; None = where the tower is
     dtype:str="float32", # "float32" | "float16" on disk: half the bytes, and a loss that differs in its fifth digit
     block:int=64,      # clips encoded at once
+    half:bool=False,   # the tower runs in bf16
 )->TokenCache:
     "Build or go on with a cache, and open it; ValueError where the tower learns or the view moves."
     if dtype not in ("float16", "float32"): raise ValueError(f"TokenCache: dtype={dtype!r}; expected 'float16' or 'float32'.")
@@ -212,29 +214,30 @@ def open_cache(
     if not encoder.frozen or any(m.training for m in encoder.modules()):
         raise ValueError(f"TokenCache: the {kind} tower is {'in training mode' if encoder.frozen else 'not frozen'}; only a frozen tower repeats itself. Call `encoder.freeze()` first.")
     rows, device = np.arange(len(store)) if rows is None else np.unique(np.asarray(rows)), device or next(encoder.parameters()).device
-    known = facts(store, encoder, view, kind, rows, dtype)
+    known = facts(store, encoder, view, kind, rows, dtype, half)
     place = Path(folder)/stable_hash(known)[:24]
     return TokenCache(place, build(place, known, store, encoder, view, rows, device, block), rows, len(store), device)
 
 TokenCache.open = staticmethod(open_cache)
 
-# %% ../nbs/21_tokens.ipynb #81039fb2
+# %% ../nbs/21_tokens.ipynb #5245ca6b
 def open_caches(
     folder:str|Path, # of all caches
     model:nn.Module, # with towers `.audio` and `.image`
     *,
-    store, view:View, rows=None, dtype:str="float32", block:int=64, # as `TokenCache.open` takes them
+    store, view:View, rows=None, dtype:str="float32", block:int=64, half:bool=False, # as `TokenCache.open` takes them
+    started:bool=False, # the run is under way: a tower may learn already, and nothing to keep is nothing wrong
 )->dict:             # {"audio": TokenCache, "image": TokenCache}, those that can be
     "Caches of a model's frozen towers; ValueError where there is none to keep."
     towers = {k: getattr(model, k) for k in KINDS}
     move = {k: moving(view, k) for k in KINDS}
     can = [k for k in KINDS if towers[k].frozen and not move[k]]
-    if not can:
+    if not can and not started:
         why = [f"{k}: " + ("the tower learns from the start" if not towers[k].frozen else "set " + ", ".join(f"{n}={STILL[n]!r}" for n in move[k])) for k in KINDS]
         raise ValueError("token cache: neither tower's tokens can be kept (" + "; ".join(why) + "). Change that, or set train.token_cache=False.")
     for k in KINDS:
         if towers[k].frozen and move[k]: print(f"token cache: {k} is encoded anew every time, since {', '.join(move[k])} of it moves.")
-    return {k: open_cache(folder, store=store, encoder=towers[k], view=view, kind=k, rows=rows, dtype=dtype, block=block) for k in can}
+    return {k: open_cache(folder, store=store, encoder=towers[k], view=view, kind=k, rows=rows, dtype=dtype, block=block, half=half) for k in can}
 
 def cached(
     batch:dict,  # of `loader`

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Trainer', 'fit', 'main']
 
-# %% ../nbs/42_training.ipynb #b4b0243c
-import argparse, fcntl, json, math, os, resource, signal, threading, time
+# %% ../nbs/42_training.ipynb #f25b6389
+import argparse, fcntl, json, math, os, resource, secrets, signal, threading, time
 from pathlib import Path
 
 import torch
@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 from .batches import VideoSampler
 from .checkpoints import Run, best_step, checkpoints, cut_lines, load_checkpoint, prune, read_lines, rng_state, save_checkpoint
 from .configs import from_sections, job_from_file
-from .core import device as pick_device, read_json, seed_everything, settings, stable_hash, write_json
+from .core import device as pick_device, read_json, seed_everything, settings, write_json
 from .gradients import backward, cached_backward, has_batch_norm, has_bf16
 from .methods import method_of
 from .processes import any_rank, average_gradients
-from .recipes import Recipe, differences, from_dict, to_dict
+from .recipes import FREE, Recipe, differences, from_dict, to_dict
 from .schedules import first_update, parameter_groups, set_rates, updates
 from .snapshots import upload
 from .sources import find_store
@@ -45,7 +45,7 @@ class Trainer:
         self._data(); self._model()
         self.step, self.skipped, self.cpu_s, self.waiting, self.stop, self.wandb, self.caches = 0, torch.zeros(2, device=self.device), 0., [], False, None, {}
 
-# %% ../nbs/42_training.ipynb #36f6b9c0
+# %% ../nbs/42_training.ipynb #befbae7d
 @patch
 def _data(self:Trainer):
     self.method = m = method_of(self.recipe, self.store)
@@ -70,7 +70,8 @@ def _model(self:Trainer):
 
 @patch
 def _say(self:Trainer):
-    if not any(t.pretrained for t in self.towers.values()): print("Towers start fresh: unfreezing does not apply, they learn from the first step.")
+    fresh = [name for name, t in self.towers.items() if not t.pretrained]
+    if fresh: print(f"{' and '.join(fresh)} tower{'s'*(len(fresh) > 1)} start{'s'*(len(fresh) == 1)} fresh: unfreezing does not apply, learning begins with the first step.")
     if self.train.accumulate > 1: print(f"{self.train.accumulate} batches an update: the gradient of {self.train.accumulate} small batches, with the negatives of one. train.micro_batch gives a large one.")
     if self.pieces > 1 and has_batch_norm(self.model): print("A tower has batch norm: it normalises over the clips of a piece, so cached gradients are not exactly the large batch's.")
 
@@ -147,7 +148,10 @@ def save(self:Trainer)->None:
     save_checkpoint(self.out, self.step, self.model, self.objective.temperature, self.optimizer, state, rng)
     prune(self.out, self.train.keep, best_step(self.out), self.train.keep_every)
 
-# %% ../nbs/42_training.ipynb #4fec3dcd
+# %% ../nbs/42_training.ipynb #06751c02
+@patch
+def due(self:Trainer)->bool: return self.step == self.total or bool(self.train.draw_every and self.step % self.train.draw_every == 0)
+
 @patch
 def draw(self:Trainer)->None:
     "Snapshots and heat videos of fixed clips, to the run folder and to wandb."
@@ -175,16 +179,16 @@ def resume(self:Trainer)->None:
     if self.main and lines: write_json(self.out/"best.json", {k: max(lines, key=lambda x: (x["value"], -x["step"]))[k] for k in ("step", "value", "rule")})
     if self.main: print(f"{self.out.name}: goes on from step {self.step} of {self.total}.")
 
-# %% ../nbs/42_training.ipynb #425d5e3d
+# %% ../nbs/42_training.ipynb #0134b2d2
 @patch
 def _same_recipe(self:Trainer)->None:
     "Refuse to go on with a run of another recipe; how often it writes may change."
     was = differences(from_dict(read_json(self.out/"recipe.json")), self.recipe)
-    changed = {k: v for k, v in was.items() if k not in ("train.save_every", "train.log_every", "train.keep", "train.keep_every", "train.draw_every", "train.draw_n")}
+    changed = {k: v for k, v in was.items() if k not in FREE}
     if changed:
         raise ValueError(f"{self.out} holds a run of another recipe: " + ", ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in changed.items()) + ". Give another folder, or `force_new=True` to start over.")
 
-# %% ../nbs/42_training.ipynb #1a5d2a3e
+# %% ../nbs/42_training.ipynb #6d0db70a
 @patch
 def unfreeze(self:Trainer)->None:
     "Pretrained towers learn from their update on; before it they are frozen, and frozen means frozen."
@@ -198,9 +202,9 @@ def read_tokens(self:Trainer)->None:
     "Tokens of towers that are frozen now, if the recipe wants them read from disk; one process makes them, the others wait."
     self.unfreeze()
     if not self.train.token_cache or not any(t.frozen for t in self.towers.values()): return
-    self.caches = self.method.caches(self.model)
+    self.caches = self.method.caches(self.model, self.half, started=self.step > 0)
 
-# %% ../nbs/42_training.ipynb #89b4bbbf
+# %% ../nbs/42_training.ipynb #ea5ba784
 @patch
 def batches(self:Trainer):
     "The batches from here to the end of the run, epoch after epoch."
@@ -215,6 +219,7 @@ def go(self:Trainer)->None:
     t, train, stream = time.time(), self.train, self.batches()
     bar = tqdm(total=self.total, initial=self.step, desc=self.out.name, unit="step", disable=not self.main, delay=5)
     self.model.train(); self.read_tokens()
+    if self.step and self.due(): self.draw()  # a run killed while it drew has saved that step already
     while self.step < self.total:
         self.unfreeze()
         self.update([next(stream) for _ in range(train.accumulate)]); bar.update()
@@ -225,21 +230,27 @@ def go(self:Trainer)->None:
             bar.set_postfix(loss=line["loss"] and f"{line['loss']:.3f}", clips_per_s=line["clips_per_s"])
         if self.step % train.val_every == 0 or self.step == self.total: self.keep_best(); t = time.time()
         if done or self.step % train.save_every == 0: self.save(); t = time.time()
-        if self.step == self.total or (train.draw_every and self.step % train.draw_every == 0): self.draw(); t = time.time()
+        if self.due(): self.draw(); t = time.time()
         if done: break
     bar.close()
     self.stop = self.step < self.total
 
-# %% ../nbs/42_training.ipynb #5a283f11
+# %% ../nbs/42_training.ipynb #947d1312
 def _start_wandb(recipe:Recipe, out:Path, asked:dict|None):
     "A wandb run if the caller or settings.ini asks for one; without a key it stays off line, said so."
     s = settings(); asked = {"mode": s.wandb_mode, "project": s.wandb_project, "name": out.name} | (asked or {})
     if asked["mode"] == "disabled": return None
     import wandb
     if asked["mode"] == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key): asked["mode"] = "offline"; print("wandb: no key was found; logging off line.")
-    return wandb.init(**asked, id=stable_hash(str(out.resolve()))[:12], resume="allow", dir=str(out), config=to_dict(recipe))
+    return wandb.init(**asked, id=_run_id(out), resume="allow", dir=str(out), config=to_dict(recipe))
 
-# %% ../nbs/42_training.ipynb #c7248a54
+# %% ../nbs/42_training.ipynb #cd09c314
+def _run_id(out:Path)->str:
+    "The id under which wandb knows the folder's run: drawn once, gone with the run."
+    file = out/"wandb.json"
+    if not file.is_file(): write_json(file, {"id": secrets.token_hex(6)})
+    return read_json(file)["id"]
+
 def _alone(out:Path):
     "Hold the folder: a lock that ends with the process. RuntimeError if somebody trains there."
     out.mkdir(parents=True, exist_ok=True); held = open(out/".lock", "w")
@@ -277,11 +288,11 @@ def fit(
     trainer.accelerator.wait_for_everyone()
     return Run(out, recipe, trainer.step, read_json(out/"best.json") if (out/"best.json").is_file() else None)
 
-# %% ../nbs/42_training.ipynb #03545d66
+# %% ../nbs/42_training.ipynb #cc87ac0e
 def _forget(out:Path)->None:
     "Delete a run's own files, nothing else."
     import shutil
-    for name in ("recipe.json", "metrics.jsonl", "val.jsonl", "best.json", "results.json"): (out/name).unlink(missing_ok=True)
+    for name in ("recipe.json", "metrics.jsonl", "val.jsonl", "best.json", "results.json", "items.arrow", "wandb.json"): (out/name).unlink(missing_ok=True)
     for name in ("checkpoints", "snapshots"): shutil.rmtree(out/name, ignore_errors=not (out/name).is_dir())
 
 # %% ../nbs/42_training.ipynb #fb547621

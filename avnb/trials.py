@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'RULE', 'toy_sets', 'asked', 'Tokens', 'embed_set', 'heat_maps', 'head_maps', 'hottest_object',
-           'right_object', 'retrieval_trial', 'disentangling_trial', 'grounding_trials', 'choose_by']
+           'right_object', 'retrieval_trial', 'retrieval_chance', 'disentangling_trial', 'grounding_trials',
+           'choose_by']
 
 # %% ../nbs/32_trials.ipynb #2970fc2b
 import json
@@ -136,7 +137,7 @@ def _readings(heat, masks, answer)->dict:
     iou = (hot & truth).sum((1, 2)) / (hot | truth).sum((1, 2))
     return {"pointing": pointing_each(heat, truth).float(), "right_object": right_object(heat, masks, answer).float(), "area_iou": iou.float()}
 
-# %% ../nbs/32_trials.ipynb #66f2f155
+# %% ../nbs/32_trials.ipynb #6b914499
 def _figure(values)->dict:
     "A mean with its 95 % bootstrap interval, as results.json holds it."
     values = np.asarray(values, dtype=float)
@@ -146,11 +147,17 @@ def _figure(values)->dict:
 def retrieval_trial(
     t:Tokens,
 )->tuple: # metrics, and the scores (N, N)
-    "Exact-pair retrieval both ways, scored as the model was trained; chance is 1/N."
+    "Exact-pair retrieval both ways, scored as the model was trained; R@k with intervals, ranks without."
     audio, keep = pool_time(t.audio, t.keep, t.facts.get("time_pool", 1))
     scores = pair_scores(audio, t.image, keep, **{k: t.facts[k] for k in ("heads", "pool", "aggregate") if k in t.facts})[0].cpu()
-    out = {f"{way}/R@1": _figure((ranks(s)[0] <= 1).float()) for way, s in (("a2v", scores), ("v2a", scores.T))}
+    out = {f"{way}/R@{k}": _figure((ranks(s)[0] <= k).float()) for way, s in (("a2v", scores), ("v2a", scores.T)) for k in (1, 5, 10)}
     return out | {k: {"value": round(float(v), 4)} for k, v in retrieval(scores).items() if k not in out}, scores
+
+def retrieval_chance(
+    n:int, # clips
+)->dict:   # of the figures that come with an interval
+    "What drawing lots finds."
+    return {f"{way}/R@{k}": {"value": min(k/n, 1.), "n": n} for way in ("a2v", "v2a") for k in (1, 5, 10)}
 
 # %% ../nbs/32_trials.ipynb #6223d34f
 def _half_and_half(speech:Tokens, sound:Tokens)->dict:
@@ -190,7 +197,7 @@ def _found_items(kind, t, scores)->list:
     rank, best = [ranks(s)[0].tolist() for s in (scores, scores.T)], scores.argmax(1).tolist()
     return [{"id": t.ids[i], "kind": kind, "label": heard[i], "prediction": t.ids[best[i]], "hit": rank[0][i] == 1, "rank_a2v": rank[0][i], "rank_v2a": rank[1][i]} for i in range(len(t.ids))]
 
-# %% ../nbs/32_trials.ipynb #e5914919
+# %% ../nbs/32_trials.ipynb #488157c9
 def grounding_trials(
     model,              # DenseAligner
     sets:dict,          # {kind: store}, from `toy_sets`
@@ -205,7 +212,7 @@ def grounding_trials(
         if kind in ("ret", "muted"):
             found, scores = retrieval_trial(t)
             metrics |= {f"{kind}/{k}": v for k, v in found.items()}; items += _found_items(kind, t, scores)
-            if baselines: rules["random"] |= {f"{kind}/{way}/R@1": {"value": 1/len(t.audio), "n": len(t.audio)} for way in ("a2v", "v2a")}
+            if baselines: rules["random"] |= {f"{kind}/{k}": v for k, v in retrieval_chance(len(t.audio)).items()}
             continue
         kept[kind], answer, heat = t, torch.tensor([asked(labels, kind) for labels in t.labels]), heat_maps(t)
         found = _readings(heat, t.masks, answer)

@@ -6,7 +6,7 @@
 __all__ = ['PIECE', 'WindowView', 'window_spans', 'window_frames', 'pick_index', 'resize_short', 'crop_corners', 'five_crops',
            'pictures', 'video_plan', 'video_windows', 'fit_sound', 'sound_windows']
 
-# %% ../nbs/51_windows.ipynb #0162839c
+# %% ../nbs/51_windows.ipynb #3d8be719
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from .containers import GUESSED, opened, pictures_of, probe, zero_of
+from .containers import GUESSED, end_of, opened, pictures_of, probe, zero_of
 from .media import decode_audio, frame_times
 
 # %% ../nbs/51_windows.ipynb #f3f8c186
@@ -107,27 +108,28 @@ def _numbered(c, s, times, wanted):
         for i in wanted: at.setdefault(round(float(times[i])*1e6), []).append(i)
         for f in c.decode(s): yield at.pop(round((f.time - zero)*1e6), []), f
 
-# %% ../nbs/51_windows.ipynb #ae205d0d
+# %% ../nbs/51_windows.ipynb #64527127
 def pictures(
     path:str|Path,
     wanted,          # numbers of pictures, counted as they are shown
 )->Iterator:         # (number, (3, H, W) uint8), rising
     "Chosen pictures of a file in one pass; ValueError names a file that is damaged."
-    times, wanted = frame_times(path), sorted({int(i) for i in wanted})
+    times, wanted, rgb = frame_times(path), sorted({int(i) for i in wanted}), VideoReformatter()
     left, last, k = set(wanted), None, 0
+    def upright(f):
+        x = rgb.reformat(f, format="rgb24").to_ndarray() # one conversion table for all pictures
+        return torch.from_numpy(np.rot90(x, round(f.rotation/90) % 4).copy()).permute(2, 0, 1)
     with opened(path) as c:
         s = pictures_of(c)
         for numbers, f in _numbered(c, s, times, wanted):
             last, k = f, k + 1
             for i in left.intersection(numbers):
                 if f.is_corrupt: break
-                yield i, _upright(f); left.remove(i)
+                yield i, upright(f); left.remove(i)
             if not left: return
         if c.format.name == "avi" and last is not None and 0 < len(times) - k <= 2: # its last packets may hold no picture: the one before stays on screen
-            yield from ((i, _upright(last)) for i in sorted(left)); return
+            yield from ((i, upright(last)) for i in sorted(left)); return
     raise ValueError(f"{path}: the picture at {times[min(left)]:.3f} s is damaged. Fetch the file again, or leave it out.")
-
-def _upright(f): return torch.from_numpy(np.rot90(f.to_ndarray(format="rgb24"), round(f.rotation/90) % 4).copy()).permute(2, 0, 1)
 
 # %% ../nbs/51_windows.ipynb #d509ee69
 def video_plan(
@@ -163,7 +165,7 @@ def video_windows(
         later = set(index[todo[n+1:n+2]].ravel().tolist())
         kept = {i: x for i, x in kept.items() if i in later or i > max(need)}
 
-# %% ../nbs/51_windows.ipynb #ab7c212f
+# %% ../nbs/51_windows.ipynb #12fee2ae
 PIECE = 200 # windows decoded at a time
 
 def fit_sound(
@@ -181,9 +183,9 @@ def sound_windows(
     spans:list|None=None,         # windows to cut; None: of the file's own length
 )->Iterator:                      # (number of the window, (start_s, end_s), (S,) float32 in [-1, 1])
     "The windows of a sound track; ValueError names a file that has none, or less than it states."
-    with opened(path) as c: guessed = c.format.name in GUESSED # no stated length: all of it tells
+    with opened(path) as c: guessed, end = c.format.name in GUESSED, end_of(c) # guessed: no stated length, all of it tells
     whole = decode_audio(path, view.rate_hz, track) if guessed else None
-    spans = spans or window_spans(len(whole)/view.rate_hz if guessed else probe(path).dur_s, view.clip_s)
+    spans = spans or window_spans(len(whole)/view.rate_hz if guessed else end or probe(path).dur_s, view.clip_s)
     todo = {w for w in range(len(spans)) if wanted is None or wanted(w)}
     for lo in range(0, len(spans), PIECE):
         some = range(lo, min(lo + PIECE, len(spans)))
