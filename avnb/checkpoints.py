@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['build_model', 'rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'prune', 'best_step',
-           'load_run', 'Run', 'read_lines', 'cut_lines', 'load_lssd']
+           'load_run', 'begin_with', 'Run', 'read_lines', 'cut_lines', 'load_lssd']
 
-# %% ../nbs/41_checkpoints.ipynb #40196cb4
+# %% ../nbs/41_checkpoints.ipynb #5b388141
 import json, os, random, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,9 @@ import torch
 
 from .adapters import add_lora
 from .core import FORMAT, read_json, sync_folder, write_atomic, write_json
+from .duals import DualEncoder, film_encoder, mel_encoder
 from .encoders import audio_encoder, image_encoder
+from .lssd import DualConfig
 from .models import DenseAligner, from_pretrained
 from .published import load_lssd
 from .recipes import Recipe, from_dict
@@ -24,12 +26,13 @@ from .recipes import Recipe, from_dict
 # %% ../nbs/41_checkpoints.ipynb #a72844a3
 _all_ = ["load_lssd"] # importable from here, too
 
-# %% ../nbs/41_checkpoints.ipynb #945c34ac
+# %% ../nbs/41_checkpoints.ipynb #0af98fb4
 def build_model(
     recipe:Recipe,
-)->DenseAligner: # towers with their pretrained weights, heads fresh
+)->DenseAligner|DualEncoder: # towers with their pretrained weights, heads fresh
     "The model that a recipe describes; its seed must have been set by the caller."
     m = recipe.model
+    if isinstance(m, DualConfig): return DualEncoder(film_encoder(m.video, m.checkpoint), mel_encoder(m.audio, m.checkpoint), m.dim, m.head)
     audio, image = audio_encoder(m.audio, m.pretrained), image_encoder(m.image, m.pretrained)
     for tower, rank in ((audio, m.lora_audio), (image, m.lora_image)):
         if rank: add_lora(tower, rank, m.lora_alpha)
@@ -143,6 +146,15 @@ def load_run(
     model.recipe = from_dict(read_json(top/"recipe.json")) if top else None
     model.step = read_json(folder/"state.json")["step"] if (folder/"state.json").is_file() else step
     return model
+
+# %% ../nbs/41_checkpoints.ipynb #0d1e1891
+def begin_with(
+    model, start:Path, # run folder, saved model, or a published config.yaml
+)->None:
+    "Put another run's weights into a fresh model; ValueError where they do not fit."
+    weights = (load_lssd(start) if start.is_file() else load_run(start)).state_dict()
+    if start.is_file(): weights = {k: v for k, v in weights.items() if not k.startswith(("video_head.", "audio_head."))} | {k: v for k, v in model.state_dict().items() if k.startswith(("video_head.", "audio_head."))}
+    model.read(weights, start)
 
 # %% ../nbs/41_checkpoints.ipynb #d6cb02dd
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETS', 'DUB_RULE', 'dub_sets', 'Scenes', 'embed_scenes', 'centred', 'same_scene', 'distance_ratio', 'probe', 'across',
-           'dub_trials', 'choose_dubs']
+           'film_and_sound', 'dub_trials', 'choose_dubs']
 
 # %% ../nbs/33_dub_trials.ipynb #d2a093c6
 from dataclasses import dataclass, replace
@@ -108,7 +108,7 @@ def probe(
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=.1)).fit(np.asarray(train), list(labels))
     return fitted.predict(np.asarray(test)) == np.asarray(list(answers))
 
-# %% ../nbs/33_dub_trials.ipynb #72f0b5a4
+# %% ../nbs/33_dub_trials.ipynb #d1ca7ebf
 def _figure(values)->dict:
     "A mean with its 95 % bootstrap interval, as results.json holds it."
     values = np.asarray(values, dtype=float)
@@ -129,6 +129,22 @@ def across(
         out[f"{way}/class_mAP"] = _figure(((hit.cumsum(1)/np.arange(1, n + 1))*hit).sum(1)/hit.sum(1))
     return out
 
+@torch.no_grad()
+def film_and_sound(
+    model,           # DualEncoder
+    clips:DubDataset,# in a still view
+    device="cpu",
+)->dict:             # R@1 both ways
+    "Exact-pair retrieval between films and their first tracks: what can be asked where nothing is known of the data."
+    was, found = model.training, {"video": [], "audio": []}
+    model.eval()
+    for batch in dub_loader(clips, InOrder(len(clips), 50), workers=0, device=device):
+        for name, x in model({k: batch[k][:, :1] for k in found}).items(): found[name].append(x[:, 0].cpu())
+    model.train(was)
+    scores = torch.cat(found["video"]) @ torch.cat(found["audio"]).T
+    return {f"{way}/R@1": _figure((ranks(x)[0] <= 1).float()) for way, x in (("v2a", scores), ("a2v", scores.T))}
+
+# %% ../nbs/33_dub_trials.ipynb #bd77a451
 def dub_trials(
     model,                  # DualEncoder
     sets:dict,              # of `dub_sets`
@@ -140,8 +156,17 @@ def dub_trials(
     s, p = embed_scenes(model, sets["test"], view, device), embed_scenes(model, sets["probe"], view, device)
     spoken = [k for k in s.heard if k != "zxx"]
     out = {f"{language}/{k}": v for language in s.heard for k, v in across(s, language).items()}
+    return out | _invariance(s, spoken) | _probes(s, p)
+
+# %% ../nbs/33_dub_trials.ipynb #6d5deaa0
+def _invariance(s, spoken)->dict:
+    out = {}
     out["same_scene/en_ja/R@1"] = _figure(same_scene(s.heard["en"], s.heard["ja"]).float())
     out["distance_ratio"] = _figure(distance_ratio([s.heard[k] for k in spoken]))
+    return out
+
+def _probes(s, p)->dict:
+    out = {}
     for name in ("class", "background"):
         out[f"probe/{name}/ja"] = _figure(probe(p.heard["en"], [a[name] for a in p.answers], s.heard["ja"], [a[name] for a in s.answers]))
         if "zxx" in s.heard: out[f"probe/{name}/zxx"] = _figure(probe(p.heard["en"], [a[name] for a in p.answers], s.heard["zxx"], [a[name] for a in s.answers]))

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['chance', 'replay', 'has_bf16', 'encode', 'backward', 'pieces', 'cached_backward', 'has_batch_norm']
 
-# %% ../nbs/41_gradients.ipynb #7b88c6f4
+# %% ../nbs/41_gradients.ipynb #416dc2f5
 import random
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from .encoders import Encoder
 
 # %% ../nbs/41_gradients.ipynb #1be93e69
 def chance(
@@ -97,10 +99,10 @@ def cached_backward(
     replay(rest, device)
     return loss.detach(), terms
 
-# %% ../nbs/41_gradients.ipynb #ae8a1c3b
+# %% ../nbs/41_gradients.ipynb #f3e1c562
 def _again(model, parts, states, grads, statistics, half, device):
     "The second pass: each piece with its graph, and its tokens' gradients sent through."
-    norms = {id(b) for m in (model.audio, model.image) for b in m.buffers()}
+    norms = {id(b) for m in model.children() if isinstance(m, Encoder) for b in m.buffers()}
     for b, old in statistics:
         if id(b) in norms: b.copy_(old)   # running statistics must see each piece once
     for i, (part, state) in enumerate(zip(parts, states, strict=True)):
@@ -109,9 +111,9 @@ def _again(model, parts, states, grads, statistics, half, device):
         pairs = [(out[k], g[i]) for k, g in grads.items() if out[k].requires_grad]
         if pairs: torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
 
-# %% ../nbs/41_gradients.ipynb #d5c15369
+# %% ../nbs/41_gradients.ipynb #1a591e6e
 def has_batch_norm(
-    model, # with towers `audio` and `image`
+    model, # with towers
 )->bool:
     "Whether a tower that learns looks at several clips at once."
-    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for t in (model.audio, model.image) if not t.frozen for m in t.modules())
+    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for t in model.children() if isinstance(t, Encoder) and not t.frozen for m in t.modules())

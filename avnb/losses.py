@@ -129,7 +129,7 @@ class GroundingLoss(nn.Module):
         loss = sum(terms.values())
         return loss, {k: v.detach() for k, v in (terms | {"scale": scale}).items()}
 
-# %% ../nbs/23_losses.ipynb #34eead00
+# %% ../nbs/23_losses.ipynb #4762e159
 def dub_pair(
     x:Tensor, y:Tensor, # (N, D) of length 1, row i of both from scene i
     scale:Tensor|float,
@@ -164,6 +164,7 @@ def dub_contrast(
         loss = loss + weight[part]*share/sum(p[-1] for p in pairs if p[0] == part)*terms[name]
     return loss, {k: v.detach() for k, v in terms.items()}
 
+# %% ../nbs/23_losses.ipynb #a5f044ed
 def _further(v_p, a_p, extra, heard, world):
     "The pairs of further dubs, each with the share of scenes that have it; a dub that fewer than two scenes have makes none."
     extra = gather(unit(extra.to(torch.promote_types(extra.dtype, torch.float32))), world)

@@ -174,7 +174,7 @@ def build_tower(
     if base and base_hash(tower) != want: raise ValueError(f"{base}: its weights are not those that the adapters were learned on; needed a base with hash {want[:12]}.")
     return add_lora(tower, **lora)
 
-# %% ../nbs/24_models.ipynb #8478a8fd
+# %% ../nbs/24_models.ipynb #d9f5ed8d
 @patch
 def save_pretrained(self:DenseAligner,
     folder:str|Path, # made if missing
@@ -200,6 +200,7 @@ def read(self:DenseAligner,
     if missing or odd.unexpected_keys: raise ValueError(f"{where}: its weights do not fit the model: missing {missing[:3]}, superfluous {odd.unexpected_keys[:3]}.")
     return self
 
+# %% ../nbs/24_models.ipynb #76c329c6
 def load_aligner(
     folder:str|Path, # written by `save_pretrained`
 )->DenseAligner:     # in evaluation mode, on the CPU
@@ -215,6 +216,7 @@ def load_aligner(
 
 DenseAligner.from_pretrained = staticmethod(load_aligner)
 
+# %% ../nbs/24_models.ipynb #db4b3be0
 def from_pretrained(
     folder:str|Path, # written by any model's `save_pretrained`
 )->DenseAligner|DualEncoder:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['variants', 'STANDING', 'DENSEAV', 'LSSD', 'GUESSED', 'STANDING_OF', 'FREE', 'DataConfig', 'ModelConfig', 'LossConfig',
-           'TrainConfig', 'Recipe', 'grounding', 'grounding_seed', 'denseav', 'B3', 'B5', 'C1', 'C2', 'nospeech',
-           'standing', 'recipe', 'to_dict', 'from_dict', 'differences']
+           'TrainConfig', 'check_training', 'Recipe', 'grounding', 'grounding_seed', 'denseav', 'B3', 'B5', 'C1', 'C2',
+           'nospeech', 'standing', 'recipe', 'to_dict', 'from_dict', 'differences']
 
 # %% ../nbs/40_recipes.ipynb #ed4bb187
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -85,7 +85,7 @@ class LossConfig:
         if not -1 <= self.negative_above <= 1 or self.pressure_pairs < 1: raise ValueError(f"LossConfig.negative_above={self.negative_above}, pressure_pairs={self.pressure_pairs}; expected a cosine, and at least 1.")
         if self.share_global == 1 and self.pressure: raise ValueError(f"LossConfig.share_global=1 makes no dense scores, and pressure={self.pressure} presses them; set loss.pressure=0, or a smaller share.")
 
-# %% ../nbs/40_recipes.ipynb #ed7b9645
+# %% ../nbs/40_recipes.ipynb #54f3b7d7
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How long, how fast, how many."
@@ -118,17 +118,23 @@ class TrainConfig:
     keep_every:int|None = None   # checkpoints at multiples of this are kept for good
     max_skipped:int = 20         # updates in a row with a loss or gradient that is not finite before the run stops
 
-    def __post_init__(self):
-        for name in ("lr", "backbone_lr", "clip", "start_div", "end_div"):
-            if not 0 < getattr(self, name) < float("inf"): raise ValueError(f"TrainConfig.{name}={getattr(self, name)}; expected a positive number.")
-        for name in ("weight_decay", "unfreeze_audio", "unfreeze_image", "unfreeze_audio_step", "unfreeze_image_step"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0: raise ValueError(f"TrainConfig.{name}={getattr(self, name)}; expected 0 or more.")
-        for name in ("warmup", "backbone_warmup"):
-            if not 0 <= getattr(self, name) < 1: raise ValueError(f"TrainConfig.{name}={getattr(self, name)} is a share of the run; expected 0 <= {name} < 1.")
-        for name in ("batch_size", "save_every", "val_every", "log_every", "keep", "max_skipped", "epochs", "accumulate", "per_title", "draw_n", "micro_batch", "draw_every", "keep_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1: raise ValueError(f"TrainConfig.{name}={getattr(self, name)}; expected at least 1.")
-        if self.steps is not None and self.steps < 1: raise ValueError(f"TrainConfig.steps={self.steps}; expected at least 1, or None for `epochs`.")
-        if self.precision not in ("no", "bf16", "auto"): raise ValueError(f"TrainConfig.precision={self.precision!r}; expected 'no', 'bf16' or 'auto'.")
+    def __post_init__(self): check_training(self)
+
+# %% ../nbs/40_recipes.ipynb #8af96365
+def check_training(
+    t, # TrainConfig
+)->None:
+    "ValueError for a value that cannot be."
+    for name in ("lr", "backbone_lr", "clip", "start_div", "end_div"):
+        if not 0 < getattr(t, name) < float("inf"): raise ValueError(f"TrainConfig.{name}={getattr(t, name)}; expected a positive number.")
+    for name in ("weight_decay", "unfreeze_audio", "unfreeze_image", "unfreeze_audio_step", "unfreeze_image_step"):
+        if getattr(t, name) is not None and not getattr(t, name) >= 0: raise ValueError(f"TrainConfig.{name}={getattr(t, name)}; expected 0 or more.")
+    for name in ("warmup", "backbone_warmup"):
+        if not 0 <= getattr(t, name) < 1: raise ValueError(f"TrainConfig.{name}={getattr(t, name)} is a share of the run; expected 0 <= {name} < 1.")
+    for name in ("batch_size", "save_every", "val_every", "log_every", "keep", "max_skipped", "epochs", "accumulate", "per_title", "draw_n", "micro_batch", "draw_every", "keep_every"):
+        if getattr(t, name) is not None and getattr(t, name) < 1: raise ValueError(f"TrainConfig.{name}={getattr(t, name)}; expected at least 1.")
+    if t.steps is not None and t.steps < 1: raise ValueError(f"TrainConfig.steps={t.steps}; expected at least 1, or None for `epochs`.")
+    if t.precision not in ("no", "bf16", "auto"): raise ValueError(f"TrainConfig.precision={t.precision!r}; expected 'no', 'bf16' or 'auto'.")
 
 # %% ../nbs/40_recipes.ipynb #8822f527
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['one_cycle', 'updates', 'first_update', 'parameter_groups', 'set_rates']
 
-# %% ../nbs/41_schedules.ipynb #8895b7df
+# %% ../nbs/41_schedules.ipynb #a0685ff7
 import math
 
 from .adapters import trainable
+from .encoders import Encoder
 
 # %% ../nbs/41_schedules.ipynb #22c419a4
 def one_cycle(
@@ -43,16 +44,17 @@ def first_update(
     step = getattr(train, f"unfreeze_{tower}_step")
     return updates(getattr(train, f"unfreeze_{tower}")*per_epoch, train.accumulate) if step is None else step
 
-# %% ../nbs/41_schedules.ipynb #d4aed1bf
+# %% ../nbs/41_schedules.ipynb #39931787
 def parameter_groups(
     model, temperature, # modules
     train,              # TrainConfig
 )->list:                # groups for an optimizer, each with `kind`: fresh | audio | image
     "Matrices decay, vectors don't; pretrained towers have a rate of their own; a base below adapters is in no group."
-    groups, may = {}, {id(p) for tower in (model.audio, model.image) for p in trainable(tower)}
+    towers = {name: m for name, m in model.named_children() if isinstance(m, Encoder)}
+    groups, may = {}, {id(p) for tower in towers.values() for p in trainable(tower)}
     for name, p in [*model.named_parameters(), *((f"temperature.{n}", p) for n, p in temperature.named_parameters())]:
         kind = name.split(".")[0]
-        tower = getattr(model, kind) if kind in ("audio", "image") else None
+        tower = towers.get(kind)
         if tower is not None and id(p) not in may: continue
         kind = kind if tower is not None and tower.pretrained else "fresh"
         groups.setdefault((kind, p.ndim > 1), []).append(p)

@@ -6,7 +6,7 @@
 __all__ = ['INTERVALS', 'expand', 'run_one', 'sweep', 'over_seeds', 'over_clips', 'aggregate', 'table', 'as_markdown', 'publish',
            'main']
 
-# %% ../nbs/44_sweeps.ipynb #1eb97ab6
+# %% ../nbs/44_sweeps.ipynb #8eed5a3a
 import argparse, fcntl, itertools, json, os, re, signal, subprocess, sys, threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .core import FORMAT, read_json, settings, stable_hash, write_atomic, write_json
 from .metrics import bootstrap
-from .recipes import differences, from_dict, recipe as make_recipe, to_dict
+from .recipes import FREE, differences, from_dict, recipe as make_recipe, to_dict
 from .results import item_values, measure
 from .training import fit, read_lines
 
@@ -41,13 +41,12 @@ def expand(
         for seed in seeds: out[f"{label},seed={seed}" if label else f"seed={seed}"] = replace(made, seed=int(seed))
     return out
 
-# %% ../nbs/44_sweeps.ipynb #bdf29ff2
+# %% ../nbs/44_sweeps.ipynb #61c37412
 def _state(folder, recipe)->str:
     "finished | begun | new; ValueError where the folder holds a run of another recipe."
     folder = Path(folder)
     if not (folder/"recipe.json").is_file(): return "new"
-    often = ("train.save_every", "train.log_every", "train.keep")  # how often it writes may change
-    other = {k: v for k, v in differences(from_dict(read_json(folder/"recipe.json")), recipe).items() if k not in often}
+    other = {k: v for k, v in differences(from_dict(read_json(folder/"recipe.json")), recipe).items() if k not in FREE}
     if other: raise ValueError(f"{folder} holds a run of another recipe: " + ", ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in other.items()) + ". Give another `out`, or delete that folder.")
     return "finished" if (folder/"results.json").is_file() else "begun"
 

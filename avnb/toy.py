@@ -51,7 +51,7 @@ def _places(g, n:int, radii):
         if min(gaps, default=1) > 0: break
     return at
 
-# %% ../nbs/10_toy.ipynb #d3208767
+# %% ../nbs/10_toy.ipynb #f7688978
 def _slot(g, kind:str, cast):
     "Which objects play in one second, and which object (index) the narrator names."
     sounding = [k for k, (_, s) in enumerate(cast) if s]
@@ -72,6 +72,7 @@ def _shot(g, kind:str, start_s:float, pair=None):
     return dict(start_s=start_s, end_s=start_s + KINDS[kind], background=ground, ambience=AMBIENCES[ground] if place_heard else None,
                 cast=cast, looks=looks, moves=moves, slots=slots)
 
+# %% ../nbs/10_toy.ipynb #e6d051bd
 def plan(
     kind:str,       # one of KINDS
     i:int,          # number of the video, from 0
@@ -196,7 +197,7 @@ def _make_one(out:Path, i:int, seed:int, languages, kind:str, dur_s:float, mix, 
     np.savez_compressed(part, labels=labels, shot=number); os.replace(part, out/"truth"/f"{stem}.npz")
     write_json(out/"truth"/f"{stem}.json", _truth(stem, kind, shots, spans, said, made))
 
-# %% ../nbs/10_toy.ipynb #af57e6e5
+# %% ../nbs/10_toy.ipynb #df26a53f
 def make_toy(
     out:str|Path,                                    # folder for the mp4 files; `truth/` goes beside them
     n_videos:int,                                    # how many
@@ -227,6 +228,7 @@ def make_toy(
         else: _spread(out, todo, n_workers, [seed, list(languages), kind, dur_s, mix and asdict(mix), keep])
     return out
 
+# %% ../nbs/10_toy.ipynb #b90f6869
 def _spread(out:Path, todo, n_workers:int, job):
     "Run `n_workers` subprocesses, each making every n-th video, and show their common progress."
     begun = time.time()

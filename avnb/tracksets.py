@@ -6,12 +6,13 @@
 __all__ = ['LOOK', 'HEARING', 'DRAWS', 'DubView', 'pick_tracks', 'even', 'open_frame', 'look', 'hear', 'DubDataset',
            'finish_dubs', 'DubLoader', 'dub_loader', 'dub_counts']
 
-# %% ../nbs/20_tracksets.ipynb #6c2482d8
+# %% ../nbs/20_tracksets.ipynb #9f1eb42f
 import io
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as nnf
@@ -76,7 +77,7 @@ def pick_tracks(
     rest = sorted((i for i in others if i != second), key=lambda i: (u[2]*97 + i*.6180339887) % 1)[:view.extra] # some order, drawn
     return [one, second, *rest, *[one]*(view.extra - len(rest))]
 
-# %% ../nbs/20_tracksets.ipynb #03bb8bda
+# %% ../nbs/20_tracksets.ipynb #a1df4597
 def even(
     n:int,  # frames that are there
     k:int,  # frames wanted
@@ -109,6 +110,7 @@ def look(
     if side != view.size: x = nnf.interpolate(x, (view.size, view.size), mode="bilinear", antialias=side > view.size)
     return x.flip(-1) if u[3] < view.flip else x
 
+# %% ../nbs/20_tracksets.ipynb #4309135a
 def hear(
     mel:Tensor,     # (B, K, 96, T) log-mels in dB
     gain_db:Tensor, # (B, K)
@@ -119,7 +121,7 @@ def hear(
     at = (torch.arange(mel.shape[-1], device=mel.device) - shift[..., None]) % mel.shape[-1]
     return out.gather(-1, at[..., None, :].expand_as(out))[:, :, None]
 
-# %% ../nbs/20_tracksets.ipynb #1ccf46a6
+# %% ../nbs/20_tracksets.ipynb #d920fb97
 LOOK, HEARING = 7, 2 # numbers that decide a look and a hearing
 DRAWS = 3 + 2*LOOK + 2*HEARING # of a clip; more for extra tracks
 
@@ -128,7 +130,7 @@ class DubDataset(ClipDataset):
     def __init__(self, store, rows=None, view:DubView|None=None, *, seed:int=0, cache:bool=False, cache_mb:int=2048):
         super().__init__(store, rows, view or DubView(), seed=seed, cache=cache, cache_mb=cache_mb)
         self.cache = cache
-        if abs(self.rate_hz - 48_000) > 0: raise ValueError(f"DubDataset: the store's sound is at {self.rate_hz} Hz; the log-mel needs 48000. Prepare it with `StoreConfig(rate_hz=48_000, seconds=3)`.")
+        if self.rate_hz != 48_000: raise ValueError(f"DubDataset: the store's sound is at {self.rate_hz} Hz; the log-mel needs 48000. Prepare it with `StoreConfig(rate_hz=48_000, seconds=3)`.")
     @property
     def titles(self)->list: return self.values("title")
     def __getitem__(self,
@@ -143,29 +145,38 @@ class DubDataset(ClipDataset):
             x = make()
             if self.room >= x.nbytes: self.room -= x.nbytes; self.held[key] = x
         return x
-    def film(self,
-        row:int, # in the store
-    )->np.ndarray: # (F, H, W, 3) uint8
-        "The frames of a row that are looked at."
-        n = len(self.columns["frames"].row(row))
-        return self._keep(("film", row), lambda: np.stack([open_frame(self.columns["frames"].bytes(row, j), self.view.short[1]) for j in even(n, self.view.frames)]))
-    def wave(self,
-        row:int, j:int, # in the store, and the number of the track
-    )->np.ndarray: # (S,) int16, as long as the view says
-        "The sound of a track."
-        out, sound = np.zeros(round(self.view.seconds*self.rate_hz), np.int16), np.frombuffer(self.columns["sound"].bytes(row, j), np.int16)
-        out[:len(sound)] = sound[:len(out)]
-        return out
-    def mel(self,
-        row:int, j:int,
-    )->Tensor: # (96, T) dB
-        "The log-mel of a track, each computed by itself, so that it is the same in any batch."
-        return self._keep(("mel", row, j), lambda: _MEL(torch.from_numpy(self.wave(row, j))[None].float()/32767)[0, 0])
 
+# %% ../nbs/20_tracksets.ipynb #2c9472d7
 _MEL = LogMel48()
 
-# %% ../nbs/20_tracksets.ipynb #0b93dae1
-def _raw(self,
+@patch
+def film(self:DubDataset,
+    row:int, # in the store
+)->np.ndarray: # (F, H, W, 3) uint8
+    "The frames of a row that are looked at."
+    n = len(self.columns["frames"].row(row))
+    return self._keep(("film", row), lambda: np.stack([open_frame(self.columns["frames"].bytes(row, j), self.view.short[1]) for j in even(n, self.view.frames)]))
+
+@patch
+def wave(self:DubDataset,
+    row:int, # in the store
+    j:int,   # number of the track
+)->np.ndarray: # (S,) int16, as long as the view says
+    "The sound of a track."
+    out, sound = np.zeros(round(self.view.seconds*self.rate_hz), np.int16), np.frombuffer(self.columns["sound"].bytes(row, j), np.int16)
+    out[:len(sound)] = sound[:len(out)]
+    return out
+
+@patch
+def mel(self:DubDataset,
+    row:int, j:int,
+)->Tensor: # (96, T) dB
+    "The log-mel of a track, each computed by itself, so that it is the same in any batch."
+    return self._keep(("mel", row, j), lambda: _MEL(torch.from_numpy(self.wave(row, j))[None].float()/32767)[0, 0])
+
+# %% ../nbs/20_tracksets.ipynb #3cf2bbc8
+@patch
+def raw(self:DubDataset,
     indices,     # (B,) numbers of clips
     epoch:int=0, # of the run
 )->dict:         # tensors (B, ...), and `language`, a list of tuples
@@ -180,7 +191,7 @@ def _raw(self,
         except ValueError as e: raise ValueError(f"row {r} of the store: {e}") from e
         chosen.append(picks); told.append(tuple(tracks[j] for j in picks))
     films = [self.film(r) for r in rows.tolist()]
-    out = dict(frames=torch.stack([torch.stack([look(f, x[:4], view) for x in pair]) for f, pair in zip(films, looks, strict=True)]))
+    out = dict(frames=torch.stack([torch.stack([look(f, x[:4], view).transpose(0, 1) for x in pair]) for f, pair in zip(films, looks, strict=True)]))
     matrix, offset = colours(looks.reshape(-1, LOOK)[:, 4:], ImageView(colour=view.colour, mean=(0.,)*3, std=(1.,)*3))
     out |= dict(matrix=torch.from_numpy(matrix).unflatten(0, (-1, 2)), offset=torch.from_numpy(offset).unflatten(0, (-1, 2)), row=torch.from_numpy(rows))
     of = list(zip(rows.tolist(), chosen, strict=True))
@@ -190,15 +201,14 @@ def _raw(self,
     other = torch.tensor(chosen)[:, 1:] != torch.tensor(chosen)[:, :1]
     return out | dict(dubbed=other[:, 0], heard=other[:, 1:], language=told)
 
-DubDataset.raw = _raw
-
+# %% ../nbs/20_tracksets.ipynb #e8b4d61f
 def finish_dubs(
     raw:dict,     # from `DubDataset.raw`, on any device
     mel:LogMel48, # on the same device
 )->dict:          # video (B,2,3,F,size,size) in [0,1], audio (B,2,1,96,T), dubbed (B,) bool, row (B,), language [(first, second, ...)] of each; with extra tracks: extra (B,E,1,96,T), heard (B,E) bool, True where there is one
     "Make pairs of looks and hearings of bytes."
-    flat = {k: raw[k].flatten(0, 1) for k in ("frames", "matrix", "offset")}
-    video = paint(flat["frames"], flat["matrix"], flat["offset"]).clamp_(0, 1).transpose(1, 2).unflatten(0, (-1, 2))
+    frames, matrix, offset = (raw[k].flatten(0, 1) for k in ("frames", "matrix", "offset"))
+    video = paint(frames.flatten(2, 3), matrix, offset).clamp_(0, 1).view(raw["frames"].shape) # the colours of all frames of a look change alike
     mels = raw["mel"] if "mel" in raw else mel(raw["pcm"].flatten(0, 1).float()/32767)[:, 0].unflatten(0, raw["pcm"].shape[:2])
     audio = hear(mels, raw["gain_db"], raw["shift"])
     more = dict(extra=audio[:, 2:], heard=raw["heard"]) if audio.shape[1] > 2 else {}

@@ -123,8 +123,24 @@ def test_the_hub_reads_the_card(tmp_path):
     run = make_run(tmp_path, "toy", "toy")
     write_json(run / "results.json", dict(run="run", checkpoint=2, which="best", protocol="p", metrics={"a2v/R@1": dict(value=.5, lo=.4, hi=.6, n=9)}, baselines={}, versions={}, command="x"))
     card = ModelCard.load(publish_folder(run, tmp_path / "out") / "README.md")
-    assert (card.data.license, card.data.library_name, card.data.model_name) == ("apache-2.0", "avnb", "run")
+    assert (card.data.license, card.data.library_name, card.data.model_name) == ("unknown", "avnb", "run")  # clips of one's own
     assert [(e.metric_type, e.metric_value) for e in card.data.eval_results] == [("a2v/R@1", .5)]
+
+
+@pytest.mark.parametrize("audio,source,said", [("toy", None, "apache-2.0"), ("toy", "clips", "unknown"), ("hubert", None, "unknown"), ("hubert", "clips", "cc-by-nc-4.0")])
+def test_no_licence_is_claimed_for_what_is_not_ours(tmp_path, audio, source, said):
+    "Only fresh towers on the generated corpus get a licence by themselves; base and data keep theirs, in the card of the model and of a tower."
+    from huggingface_hub import ModelCard
+
+    from avnb.publishing import export_tower, main
+    run = make_run(tmp_path, audio, "toy", **{"data.source": source})
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, "argv", ["avnb.publishing", str(run), str(tmp_path / "out"), *(["--licence", said] if said.startswith("cc") else [])])
+        main()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == said and ("keep their own licences" in card.text) == (said != "apache-2.0")
+    export_tower(run, "audio", tmp_path / "ear", licence=said if said.startswith("cc") else None)
+    assert ModelCard.load(tmp_path / "ear" / "README.md").data.license == said
 
 
 def test_a_store_is_a_dataset(tmp_path):

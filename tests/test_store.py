@@ -240,6 +240,18 @@ def test_dubs_beside_a_video_are_tracks_of_one_row(dubs, tmp_path):
 
 
 @pytest.mark.quick
+def test_tracks_of_one_file_that_differ_in_length(tmp_path):
+    frames = torch.randint(0, 255, (225, 3, 24, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    write_video(tmp_path / "src/film.mp4", frames, 25, dict(en=tone(300, 9), fr=tone(400, 5.9), zxx=tone(500, 9)))
+    write_video(tmp_path / "src/short.mp4", frames, 25, dict(en=tone(300, 5)))  # alone: what there is, as before
+    report = prepare(tmp_path / "src", tmp_path / "store", recipe=DUBS)
+    rows = open_store(tmp_path / "store")
+    assert rows["tracks"][:] == [["en", "fr", "zxx"]] * 2 + [["en", "zxx"]] + [["en"]] * 2  # of `short`, the last three seconds are silent
+    assert report.missing == {"fr": 1} and report.n_undubbed == 3 and [len(left) for _, left in report.left_out] == [1]
+    assert [len(s) for r in rows for s in r["sound"]] == [288_000] * 10
+
+
+@pytest.mark.quick
 def test_a_changed_dub_makes_its_family_again(dubs, tmp_path):
     out, new = tmp_path / "store", StoreConfig(workers=0, rate_hz=48_000, seconds=3.0, fps=2, languages=("en", "fr", "de"))
     assert prepare(dubs, out, recipe=new).n_made == 2

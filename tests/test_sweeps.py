@@ -101,7 +101,7 @@ def test_seeds_are_put_together(story):
     s = found["settings"]["model.audio=toy"]
     results = [read_json(out / n / "results.json") for n in s["runs"]]
     assert s["seeds"] == [0, 1] and s["steps"] == [STEPS] * 2
-    for name in ("a2v/R@1", "v2a/R@1"):
+    for name in [f"{way}/R@{k}" for way in ("a2v", "v2a") for k in (1, 5, 10)]:
         values, f = [r["metrics"][name]["value"] for r in results], s["figures"][name]
         assert f["values"] == values and np.isclose(f["mean"], np.mean(values), atol=1e-4) and (f["min"], f["max"]) == (min(values), max(values))
         assert np.isclose(f["sd"], np.std(values, ddof=1), atol=1e-4) and np.isclose(f["hi"] - f["mean"], 12.706 * np.std(values, ddof=1) / 2**.5, atol=2e-3)
@@ -127,6 +127,22 @@ def test_the_table_is_written_by_a_command(story, place):
     for name in ("a2v/R@1", "v2a/R@1", "CPU seconds of updates"): assert f"\n| {name} | 2 | " in text
     assert "95 % t interval" in text and "Made by `python -m avnb.sweeps --data clips --seeds 0 1" in text and "Not finished: model.audio=nowhere" in text
     assert read_json(place / "figures/story_sweep.json")["format"] == 1
+
+
+def test_a_run_is_measured_from_a_shell(story, place):
+    "The same figures again, over a run that lost its own; the table is printed, and what is no run is refused."
+    run = story[0] / "model.audio=toy,seed=1"
+    before = read_json(run / "results.json")
+    (run / "results.json").unlink()
+    said = subprocess.run([sys.executable, "-m", "avnb.results", str(run.relative_to(place)), "--measure"], cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr[-3000:]
+    after = read_json(run / "results.json")
+    assert after["command"] == "python -m avnb.results 'story/model.audio=toy,seed=1' --measure" and {**after, "command": before["command"]} == before
+    assert after["protocol"] in said.stdout and "a2v/R@5" in said.stdout and "random" in said.stdout and not (place / "figures/model.audio=toy,seed=1.json").exists()
+    assert "8 of 8 segments of the val share, which also chose the checkpoint" in after["protocol"]
+    said = subprocess.run([sys.executable, "-m", "avnb.results", "clips", "--measure"], cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 1 and "clips is not a run folder" in said.stderr
+    write_json(run / "results.json", before)
 
 
 @pytest.mark.soak
@@ -173,6 +189,17 @@ def test_settings_are_told_apart_by_what_differs(tmp_path):
     assert as_markdown(found).startswith("| setting | figure | seeds |")
     for name in "ab": write_items(tmp_path / name, [{"kind": "loc", "hit": h, "right_object": h, "area_iou": 0.5} for h in (False, True)])
     assert aggregate(tmp_path)["settings"]["train.lr=0.002, train.clip=1.0"]["figures"]["loc/pointing"]["clips"] == {"lo": 0.0, "hi": 1.0, "n": 2}
+
+
+@pytest.mark.quick
+def test_how_often_a_run_writes_is_no_other_recipe(tmp_path):
+    "What `fit` lets change, a sweep lets change."
+    from avnb.recipes import FREE
+    from avnb.sweeps import _state
+    plain = recipe("grounding", "toy")
+    write_json(tmp_path / "recipe.json", to_dict(plain))
+    for name in FREE: assert _state(tmp_path, recipe("grounding", "toy", overrides={name: 3})) == "begun", name
+    with pytest.raises(ValueError, match="train.val_every was"): _state(tmp_path, recipe("grounding", "toy", overrides={"train.val_every": 3}))
 
 
 @pytest.mark.quick
