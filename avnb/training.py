@@ -189,13 +189,14 @@ def _same_recipe(self:Trainer)->None:
     if changed:
         raise ValueError(f"{self.out} holds a run of another recipe: " + ", ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in changed.items()) + ". Give another folder, or `force_new=True` to start over.")
 
-# %% ../nbs/42_training.ipynb #6d0db70a
+# %% ../nbs/42_training.ipynb #6309e38e
 @patch
 def unfreeze(self:Trainer)->None:
     "Pretrained towers learn from their update on; before it they are frozen, and frozen means frozen."
     for name, tower in self.towers.items():
+        if not tower.pretrained: continue
         frozen = self.step < first_update(self.train, name, self.per_epoch)
-        if tower.pretrained and tower.frozen != frozen: tower.freeze(frozen)
+        if tower.frozen != frozen: tower.freeze(frozen)
         if not frozen: self.caches.pop(name, None)
 
 @patch

@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'RULE', 'toy_sets', 'asked', 'Tokens', 'embed_set', 'heat_ma
            'right_object', 'retrieval_trial', 'retrieval_chance', 'disentangling_trial', 'grounding_trials',
            'choose_by']
 
-# %% ../nbs/32_trials.ipynb #2970fc2b
+# %% ../nbs/32_trials.ipynb #84c6c573
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from .batches import ClipDataset, InOrder, View, loader
 from .heads import pair_scores
 from .metrics import ap_dis, area_matched, bootstrap, centre_heat, contrast_saliency, pointing_each, random_heat, ranks, retrieval, to_size
-from .models import audible_tokens, clip_heat
+from .models import audible_tokens, by_heads, clip_heat
 from .negatives import pool_time
 from .store import open_store, prepare
 from .toy import make_toy
@@ -137,7 +137,7 @@ def _readings(heat, masks, answer)->dict:
     iou = (hot & truth).sum((1, 2)) / (hot | truth).sum((1, 2))
     return {"pointing": pointing_each(heat, truth).float(), "right_object": right_object(heat, masks, answer).float(), "area_iou": iou.float()}
 
-# %% ../nbs/32_trials.ipynb #6b914499
+# %% ../nbs/32_trials.ipynb #fa72aded
 def _figure(values)->dict:
     "A mean with its 95 % bootstrap interval, as results.json holds it."
     values = np.asarray(values, dtype=float)
@@ -148,7 +148,7 @@ def retrieval_trial(
     t:Tokens,
 )->tuple: # metrics, and the scores (N, N)
     "Exact-pair retrieval both ways, scored as the model was trained; R@k with intervals, ranks without."
-    audio, keep = pool_time(t.audio, t.keep, t.facts.get("time_pool", 1))
+    audio, keep = pool_time(t.audio, t.keep, t.facts.get("time_pool", 1), lambda x: by_heads(x, t.facts["similarity"], t.facts["heads"]))
     scores = pair_scores(audio, t.image, keep, **{k: t.facts[k] for k in ("heads", "pool", "aggregate") if k in t.facts})[0].cpu()
     out = {f"{way}/R@{k}": _figure((ranks(s)[0] <= k).float()) for way, s in (("a2v", scores), ("v2a", scores.T)) for k in (1, 5, 10)}
     return out | {k: {"value": round(float(v), 4)} for k, v in retrieval(scores).items() if k not in out}, scores
