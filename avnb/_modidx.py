@@ -248,6 +248,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'avnb.dub_trials.dub_trials': ('dub_trials.html#dub_trials', 'avnb/dub_trials.py'),
                                  'avnb.dub_trials.embed_scenes': ('dub_trials.html#embed_scenes', 'avnb/dub_trials.py'),
                                  'avnb.dub_trials.film_and_sound': ('dub_trials.html#film_and_sound', 'avnb/dub_trials.py'),
+                                 'avnb.dub_trials.other_sound': ('dub_trials.html#other_sound', 'avnb/dub_trials.py'),
                                  'avnb.dub_trials.probe': ('dub_trials.html#probe', 'avnb/dub_trials.py'),
                                  'avnb.dub_trials.same_scene': ('dub_trials.html#same_scene', 'avnb/dub_trials.py')},
             'avnb.dubbing': { 'avnb.dubbing.DubMix': ('dubbing.html#dubmix', 'avnb/dubbing.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETS', 'DUB_RULE', 'dub_sets', 'Scenes', 'embed_scenes', 'centred', 'same_scene', 'distance_ratio', 'probe', 'across',
-           'film_and_sound', 'dub_trials', 'choose_dubs']
+           'other_sound', 'film_and_sound', 'dub_trials', 'choose_dubs']
 
 # %% ../nbs/33_dub_trials.ipynb #d2a093c6
 from dataclasses import dataclass, replace
@@ -108,7 +108,7 @@ def probe(
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=.1)).fit(np.asarray(train), list(labels))
     return fitted.predict(np.asarray(test)) == np.asarray(list(answers))
 
-# %% ../nbs/33_dub_trials.ipynb #d1ca7ebf
+# %% ../nbs/33_dub_trials.ipynb #7b81cd34
 def _figure(values)->dict:
     "A mean with its 95 % bootstrap interval, as results.json holds it."
     values = np.asarray(values, dtype=float)
@@ -128,6 +128,14 @@ def across(
         hit = classes[order] == classes[:, None]
         out[f"{way}/class_mAP"] = _figure(((hit.cumsum(1)/np.arange(1, n + 1))*hit).sum(1)/hit.sum(1))
     return out
+
+def other_sound(
+    model, store, view:DubView=DubView(), device="cpu", # as `embed_scenes` takes them # noqa: B008
+)->dict:
+    "The retrieval figures with each film given the next scene's sound: what the model's figures must stand clear of."
+    s = embed_scenes(model, store, view, device)
+    wrong = replace(s, said={k: x.roll(1, 0) for k, x in s.said.items()})
+    return {f"{language}/{k}": v for language in s.heard for k, v in across(wrong, language).items()}
 
 @torch.no_grad()
 def film_and_sound(

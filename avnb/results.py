@@ -7,7 +7,7 @@ __all__ = ['CONTRASTS', 'measure', 'points', 'dub_results', 'versions', 'held_ou
            'write_items', 'read_items', 'item_values', 'table', 'snapshots', 'unnormalise', 'as_markdown', 'publish',
            'as_run', 'main']
 
-# %% ../nbs/43_results.ipynb #9372d8b2
+# %% ../nbs/43_results.ipynb #ab860398
 import argparse, math, platform, shlex, sys
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +16,13 @@ import torch
 
 from .batches import audible
 from .checkpoints import Run, best_step, build_model, checkpoints, load_run
-from .core import FORMAT, device as pick_device, read_json, settings, write_atomic, write_json
+from .core import FORMAT, device as pick_device, read_json, seed_everything, settings, write_atomic, write_json
+from .dub_trials import dub_sets, dub_trials, film_and_sound, other_sound
 from .groups import split
+from .lssd import DualConfig
 from .recipes import Recipe, from_dict
 from .sources import find_store, questions
+from .tracksets import DubDataset
 from .trials import Tokens, asked, embed_set, grounding_trials, heat_maps, retrieval_chance, retrieval_trial
 from .validation import spread
 from .viz import save_figure, snapshot_row
