@@ -108,7 +108,7 @@ def probe(
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=.1)).fit(np.asarray(train), list(labels))
     return fitted.predict(np.asarray(test)) == np.asarray(list(answers))
 
-# %% ../nbs/33_dub_trials.ipynb #7b81cd34
+# %% ../nbs/33_dub_trials.ipynb #89cba374
 def _figure(values)->dict:
     "A mean with its 95 % bootstrap interval, as results.json holds it."
     values = np.asarray(values, dtype=float)
@@ -137,6 +137,7 @@ def other_sound(
     wrong = replace(s, said={k: x.roll(1, 0) for k, x in s.said.items()})
     return {f"{language}/{k}": v for language in s.heard for k, v in across(wrong, language).items()}
 
+# %% ../nbs/33_dub_trials.ipynb #acd61d62
 @torch.no_grad()
 def film_and_sound(
     model,           # DualEncoder
