@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -30,7 +30,10 @@ def overlap(a, b): return a[0] < b[1] and b[0] < a[1]
 def test_clips_of_a_title_never_overlap(titles, batch_size, per_group, seed):
     groups = np.repeat(np.arange(len(titles)), [len(t) for t in titles])
     spans = [(a, a + d) for t in titles for a, d in t]
-    sampler, seen = VideoSampler(groups, batch_size, per_group=per_group, seed=seed, spans=spans), Counter()
+    try: sampler, seen = VideoSampler(groups, batch_size, per_group=per_group, seed=seed, spans=spans), Counter()
+    except ValueError as e:  # some turn has fewer rows than an epoch has batches: said, not served
+        assert "cannot be shared" in str(e)
+        reject()
     rounds = int(sampler.layers.max()) * -(-len(groups) // max(1, sampler.seats))
     for e in range(2 * rounds):
         batches = list(sampler.set_epoch(e))

@@ -152,6 +152,7 @@ def test_asked_to_stop_by_a_cluster_it_saves(place, tmp_path):
     assert int(checkpoints(tmp_path / "run")[-1].name[5:]) == step
 
 
+@pytest.mark.soak
 def test_two_processes_train_as_one_and_resume(place, tmp_path):
     "By torchrun: the first losses are those of one process, up to rounding; killed, both go on, bit for bit."
     one, two, run = (tmp_path / n for n in ("one", "two", "run"))
@@ -165,5 +166,5 @@ def test_two_processes_train_as_one_and_resume(place, tmp_path):
     for left in subprocess.run(["pgrep", "-f", str(run)], capture_output=True, text=True).stdout.split(): os.kill(int(left), signal.SIGKILL)  # torchrun gives its workers sessions of their own
     assert "goes on from step" in finished(started(place, "float32", run, processes=2))
     assert losses(run) == losses(two) and len(losses(two)) == STEPS
-    # from the third on, Adam's first steps, which look at a gradient's sign, have made much of float32's last digit; test_processes compares in float64
-    assert [x[1] for x in losses(one)[:2]] == pytest.approx([x[1] for x in losses(two)[:2]], rel=1e-5)
+    # the first loss; after it Adam's first steps, which look at a gradient's sign, make much of float32's last digit. test_processes compares gradients in float64
+    assert losses(one)[0][1] == pytest.approx(losses(two)[0][1], rel=1e-6)
