@@ -80,10 +80,11 @@ def story(place):
 
 def test_struck_down_it_goes_on(story):
     "The blows fell on the sweep, not on the run that it had started: the run must stop too, saved, and never be run twice at once."
-    out, _, reached = story
+    out, *_ = story
     run = out / "model.audio=toy,seed=0"
     went = [int(line.split("from step ")[1].split()[0]) for line in (run / "log.txt").read_text().splitlines() if "goes on from step" in line]
-    assert went and went == sorted(set(went)) and 4 <= went[0] and went[-1] == reached < STEPS  # a process killed outright may take a line of its log with it
+    # a run outlives its killed sweep by the step in hand and its saving, so how far it had come is not known to the line; that it went on, later each time, and once, is
+    assert went and went == sorted(set(went)) and 4 <= went[0] and went[-1] < STEPS
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1)) and checkpoints(run)[-1].name == f"step_{STEPS:08d}"
 
 
