@@ -79,7 +79,7 @@ def open_png(
     im = Image.open(io.BytesIO(data))
     return np.array(im.resize(working_size(im.size, size), Image.Resampling.NEAREST))
 
-# %% ../nbs/13_batches.ipynb #e3bac81a
+# %% ../nbs/13_batches.ipynb #2bc7041b
 class ClipDataset(Dataset):
     "Rows of a store as training examples."
     def __init__(self,
@@ -117,7 +117,8 @@ class ClipDataset(Dataset):
         "One finished clip, sound as long as it is."
         i, epoch = index if isinstance(index, tuple) else (index, 0)
         if not 0 <= i < len(self): raise IndexError(f"clip {i} of {len(self)}")
-        return {k: v[0] for k, v in finish(self.raw([i], epoch)).items()}
+        return {k: v[0] for k, v in self.finisher("cpu")(self.raw([i], epoch)).items()}
+    def finisher(self, device): return finish # what makes examples of `raw` on a device
 
 # %% ../nbs/13_batches.ipynb #75b77cad
 @patch
@@ -261,14 +262,14 @@ class _Keys(Sampler):
     def __len__(self): return len(self.sampler)
     def __iter__(self): return ((self.sampler.epoch, b) for b in self.sampler)
 
-# %% ../nbs/13_batches.ipynb #8d123688
+# %% ../nbs/13_batches.ipynb #bfdfd727
 class Loader:
     "Batches of clips on a device, in a sampler's order: an iterable with `len` and `set_epoch`."
-    def __init__(self, inner, sampler, device): self.inner, self.sampler, self.device = inner, sampler, device
+    def __init__(self, inner, sampler, device, finish): self.inner, self.sampler, self.device, self.finish = inner, sampler, device, finish
     def __len__(self): return len(self.sampler)
     def __iter__(self):
         for raw in self.inner:
-            yield finish({k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in raw.items()})
+            yield self.finish({k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in raw.items()})
     def set_epoch(self, epoch:int, start:int=0)->"Loader":
         "Go to a place in the run, as `VideoSampler.set_epoch` does."
         self.sampler.set_epoch(epoch, start)
@@ -285,4 +286,4 @@ def loader(
     device, workers = torch.device(device), settings().workers if workers is None else workers
     inner = DataLoader(_Batches(clips), sampler=_Keys(sampler), batch_size=None, num_workers=workers, persistent_workers=workers > 0,
         pin_memory=device.type == "cuda", generator=torch.Generator()) # a generator of its own: the run's is left alone
-    return Loader(inner, sampler, device)
+    return Loader(inner, sampler, device, clips.finisher(device))

@@ -147,13 +147,13 @@ def load_run(
     model.step = read_json(folder/"state.json")["step"] if (folder/"state.json").is_file() else step
     return model
 
-# %% ../nbs/41_checkpoints.ipynb #0d1e1891
+# %% ../nbs/41_checkpoints.ipynb #244819df
 def begin_with(
     model, start:Path, # run folder, saved model, or a published config.yaml
 )->None:
     "Put another run's weights into a fresh model; ValueError where they do not fit."
     weights = (load_lssd(start) if start.is_file() else load_run(start)).state_dict()
-    if start.is_file(): weights = {k: v for k, v in weights.items() if not k.startswith(("video_head.", "audio_head."))} | {k: v for k, v in model.state_dict().items() if k.startswith(("video_head.", "audio_head."))}
+    if start.is_file(): weights |= {k: v for k, v in model.state_dict().items() if "_head." in k}
     model.read(weights, start)
 
 # %% ../nbs/41_checkpoints.ipynb #d6cb02dd

@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'HEADS', 'ToyVideo', 'ToyMel', 'film_encoder', 'mel_encoder', 'build_dual_tower', 'Head', 'DualEncoder',
            'load_dual']
 
-# %% ../nbs/24_duals.ipynb #ae1c4473
+# %% ../nbs/24_duals.ipynb #abb5cec9
 from pathlib import Path
 
 import torch
@@ -14,8 +14,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .core import FORMAT, nearest, read_json, write_atomic, write_json
+from .core import nearest
 from .encoders import BatchNorm1d, BatchNorm2d, Encoder
+from .folders import fill, read_model, write_model
 from .mvit import SIZES, BatchNorm3d, audio_tower, build_mvit, video_tower
 
 # %% ../nbs/24_duals.ipynb #c2ee1c3b
@@ -158,43 +159,23 @@ def project(self:DualEncoder,
 @patch
 def forward(self:DualEncoder, batch:dict)->dict: return self.project(self.towers(batch))
 
-# %% ../nbs/24_duals.ipynb #24929626
+# %% ../nbs/24_duals.ipynb #b39c38dd
 @patch
 def save_pretrained(self:DualEncoder,
     folder:str|Path, # made if missing
 )->Path:
     "Write `config.json` and `model.safetensors`."
-    from safetensors.torch import save
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder/"model.safetensors", save({k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}, {"format": "pt"}))
-    write_json(folder/"config.json", {"format": FORMAT, "model": "DualEncoder", "video": self.video.spec(), "audio": self.audio.spec(), **self.facts})
-    return folder
+    return write_model(folder, "DualEncoder", self.state_dict(), {"video": self.video.spec(), "audio": self.audio.spec(), **self.facts})
 
 @patch
-def read(self:DualEncoder,
-    weights:dict, # of model.safetensors
-    where,        # for a message
-)->DualEncoder:
-    "Load weights; ValueError if some are missing, superfluous or of another shape."
-    have = self.state_dict()
-    missing, odd = [k for k in have if k not in weights], [k for k in weights if k not in have]
-    other = [f"{k} {tuple(weights[k].shape)} for {tuple(v.shape)}" for k, v in have.items() if k in weights and weights[k].shape != v.shape]
-    if missing or odd or other: raise ValueError(f"{where}: its weights do not fit the model: missing {missing[:3]}, superfluous {odd[:3]}, of another shape {other[:3]}.")
-    self.load_state_dict(weights)
-    return self
+def read(self:DualEncoder, weights:dict, where)->DualEncoder: return fill(self, weights, where)
 
-# %% ../nbs/24_duals.ipynb #fd830648
 def load_dual(
     folder:str|Path, # written by `save_pretrained`
 )->DualEncoder:      # in evaluation mode, on the CPU
     "Read a folder back; FileNotFoundError or ValueError says what is missing or does not fit."
-    from safetensors.torch import load_file
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder/name).is_file(): raise FileNotFoundError(f"{folder} has no {name}; needed a folder written by `save_pretrained`.")
-    config = read_json(folder/"config.json")
-    if config.get("model") != "DualEncoder": raise ValueError(f"{folder}/config.json describes {config.get('model')!r}, not a DualEncoder.")
-    facts = {k: v for k, v in config.items() if k not in ("format", "model", "video", "audio")}
-    return DualEncoder(build_dual_tower(config["video"]), build_dual_tower(config["audio"]), **facts).read(load_file(folder/"model.safetensors"), folder).eval()
+    config, weights = read_model(folder, "DualEncoder")
+    towers = [build_dual_tower(config.pop(name)) for name in ("video", "audio")]
+    return DualEncoder(*towers, **config).read(weights, folder).eval()
 
 DualEncoder.from_pretrained = staticmethod(load_dual)

@@ -6,7 +6,7 @@
 __all__ = ['SETS', 'DUB_RULE', 'dub_sets', 'Scenes', 'embed_scenes', 'centred', 'same_scene', 'distance_ratio', 'probe', 'across',
            'other_sound', 'film_and_sound', 'dub_trials', 'choose_dubs']
 
-# %% ../nbs/33_dub_trials.ipynb #d2a093c6
+# %% ../nbs/33_dub_trials.ipynb #8f11440a
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .batches import InOrder
+from .batches import InOrder, loader
 from .dubbing import dub_answers
-from .metrics import bootstrap, ranks
+from .metrics import ranks, with_interval
 from .store import open_store, prepare
 from .toy import make_toy
-from .tracksets import DubDataset, DubView, dub_loader
+from .tracksets import DubDataset, DubView
 
 # %% ../nbs/33_dub_trials.ipynb #89865c44
 SETS = {"val": {"val": ("dubs_probe", 1, 25)}, "test": {"probe": ("dubs_probe", 2, 100), "test": ("dubs_test", 3, 50)}}  # kind, seed, videos of 4 clips
@@ -41,7 +41,7 @@ def dub_sets(
         out[name] = open_store(Path(folder)/"stores"/f"toy-dubs-{where}")
     return out
 
-# %% ../nbs/33_dub_trials.ipynb #f3a22e5d
+# %% ../nbs/33_dub_trials.ipynb #7302ae0c
 @dataclass
 class Scenes:
     "Films, and each of their tracks, as vectors."
@@ -66,7 +66,7 @@ def embed_scenes(
     model.eval(); found = {}
     for language in languages:
         clips = DubDataset(store, None, replace(view.still(), track=language))
-        for batch in dub_loader(clips, InOrder(len(clips), batch_size), workers=0, device=device):
+        for batch in loader(clips, InOrder(len(clips), batch_size), workers=0, device=device):
             one = {"audio": batch["audio"][:, :1]} | ({"video": batch["video"][:, :1]} if language == languages[0] else {})
             towers = model.towers(one)
             for name, x in towers.items(): found.setdefault((name, "tower", language), []).append(x[:, 0].float().cpu())
@@ -108,13 +108,7 @@ def probe(
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=.1)).fit(np.asarray(train), list(labels))
     return fitted.predict(np.asarray(test)) == np.asarray(list(answers))
 
-# %% ../nbs/33_dub_trials.ipynb #89cba374
-def _figure(values)->dict:
-    "A mean with its 95 % bootstrap interval, as results.json holds it."
-    values = np.asarray(values, dtype=float)
-    value, lo, hi = bootstrap(values)
-    return {"value": round(value, 4), "lo": round(lo, 4), "hi": round(hi, 4), "n": len(values)}
-
+# %% ../nbs/33_dub_trials.ipynb #f9a74928
 def across(
     s:Scenes,
     language:str,
@@ -123,10 +117,10 @@ def across(
     scores, classes = s.shown @ s.said[language].T, np.array([a["class"] for a in s.answers])
     out, n = {}, len(scores)
     for way, x in (("a2v", scores.T), ("v2a", scores)):
-        out[f"{way}/R@1"] = _figure((ranks(x)[0] <= 1).float())
+        out[f"{way}/R@1"] = with_interval((ranks(x)[0] <= 1).float())
         order = x.argsort(1, descending=True).numpy()
         hit = classes[order] == classes[:, None]
-        out[f"{way}/class_mAP"] = _figure(((hit.cumsum(1)/np.arange(1, n + 1))*hit).sum(1)/hit.sum(1))
+        out[f"{way}/class_mAP"] = with_interval(((hit.cumsum(1)/np.arange(1, n + 1))*hit).sum(1)/hit.sum(1))
     return out
 
 def other_sound(
@@ -137,7 +131,7 @@ def other_sound(
     wrong = replace(s, said={k: x.roll(1, 0) for k, x in s.said.items()})
     return {f"{language}/{k}": v for language in s.heard for k, v in across(wrong, language).items()}
 
-# %% ../nbs/33_dub_trials.ipynb #acd61d62
+# %% ../nbs/33_dub_trials.ipynb #2b00a18b
 @torch.no_grad()
 def film_and_sound(
     model,           # DualEncoder
@@ -147,11 +141,11 @@ def film_and_sound(
     "Exact-pair retrieval between films and their first tracks: what can be asked where nothing is known of the data."
     was, found = model.training, {"video": [], "audio": []}
     model.eval()
-    for batch in dub_loader(clips, InOrder(len(clips), 50), workers=0, device=device):
+    for batch in loader(clips, InOrder(len(clips), 50), workers=0, device=device):
         for name, x in model({k: batch[k][:, :1] for k in found}).items(): found[name].append(x[:, 0].cpu())
     model.train(was)
     scores = torch.cat(found["video"]) @ torch.cat(found["audio"]).T
-    return {f"{way}/R@1": _figure((ranks(x)[0] <= 1).float()) for way, x in (("v2a", scores), ("a2v", scores.T))}
+    return {f"{way}/R@1": with_interval((ranks(x)[0] <= 1).float()) for way, x in (("v2a", scores), ("a2v", scores.T))}
 
 # %% ../nbs/33_dub_trials.ipynb #bd77a451
 def dub_trials(
@@ -167,22 +161,22 @@ def dub_trials(
     out = {f"{language}/{k}": v for language in s.heard for k, v in across(s, language).items()}
     return out | _invariance(s, spoken) | _probes(s, p)
 
-# %% ../nbs/33_dub_trials.ipynb #6d5deaa0
+# %% ../nbs/33_dub_trials.ipynb #0640e545
 def _invariance(s, spoken)->dict:
     out = {}
-    out["same_scene/en_ja/R@1"] = _figure(same_scene(s.heard["en"], s.heard["ja"]).float())
-    out["distance_ratio"] = _figure(distance_ratio([s.heard[k] for k in spoken]))
+    out["same_scene/en_ja/R@1"] = with_interval(same_scene(s.heard["en"], s.heard["ja"]).float())
+    out["distance_ratio"] = with_interval(distance_ratio([s.heard[k] for k in spoken]))
     return out
 
 def _probes(s, p)->dict:
     out = {}
     for name in ("class", "background"):
-        out[f"probe/{name}/ja"] = _figure(probe(p.heard["en"], [a[name] for a in p.answers], s.heard["ja"], [a[name] for a in s.answers]))
-        if "zxx" in s.heard: out[f"probe/{name}/zxx"] = _figure(probe(p.heard["en"], [a[name] for a in p.answers], s.heard["zxx"], [a[name] for a in s.answers]))
-        out[f"probe/{name}/video"] = _figure(probe(p.film, [a[name] for a in p.answers], s.film, [a[name] for a in s.answers]))
+        out[f"probe/{name}/ja"] = with_interval(probe(p.heard["en"], [a[name] for a in p.answers], s.heard["ja"], [a[name] for a in s.answers]))
+        if "zxx" in s.heard: out[f"probe/{name}/zxx"] = with_interval(probe(p.heard["en"], [a[name] for a in p.answers], s.heard["zxx"], [a[name] for a in s.answers]))
+        out[f"probe/{name}/video"] = with_interval(probe(p.film, [a[name] for a in p.answers], s.film, [a[name] for a in s.answers]))
     known = [k for k in p.heard if k != "zxx" and k in s.heard]
-    out["probe/language"] = _figure(probe(torch.cat([p.heard[k] for k in known]), sum(([k]*len(p.answers) for k in known), []), torch.cat([s.heard[k] for k in known]), sum(([k]*len(s.answers) for k in known), [])))
-    out["probe/word/en"] = _figure(probe(p.heard["en"], [a["word"]["en"] for a in p.answers], s.heard["en"], [a["word"]["en"] for a in s.answers]))
+    out["probe/language"] = with_interval(probe(torch.cat([p.heard[k] for k in known]), sum(([k]*len(p.answers) for k in known), []), torch.cat([s.heard[k] for k in known]), sum(([k]*len(s.answers) for k in known), [])))
+    out["probe/word/en"] = with_interval(probe(p.heard["en"], [a["word"]["en"] for a in p.answers], s.heard["en"], [a["word"]["en"] for a in s.answers]))
     return out
 
 # %% ../nbs/33_dub_trials.ipynb #d2709d7d

@@ -73,7 +73,7 @@ def pieces(
     ends = [size*i//n for i in range(n + 1)]
     return [{k: v[a:b] for k, v in batch.items()} for a, b in zip(ends, ends[1:], strict=False)]
 
-# %% ../nbs/41_gradients.ipynb #a8924fd2
+# %% ../nbs/41_gradients.ipynb #9b006c47
 def cached_backward(
     model, objective,
     batch:dict,
@@ -85,7 +85,8 @@ def cached_backward(
     "The same as `backward`, with the towers' graphs held for one piece at a time (GradCache, arXiv:2101.06983)."
     device = next(model.parameters()).device
     parts, states, found = pieces(batch, n), [], []
-    statistics = [(b, b.clone()) for b in model.buffers()]
+    learning = {name: t for name, t in model.named_children() if isinstance(t, Encoder) and not t.frozen}
+    statistics = [(b, b.clone()) for t in learning.values() for b in t.buffers()]
     with torch.no_grad():
         for part in parts: states.append(chance(device)); found.append(encode(model, part, half))
     whole = {k: torch.cat([f[k] for f in found]) for k in found[0]}
@@ -95,21 +96,16 @@ def cached_backward(
     (loss*share).backward()
     rest = chance(device)
     grads = {k: whole[k].grad.tensor_split([sum(len(f[k]) for f in found[:i]) for i in range(1, n)]) for k in learns if whole[k].grad is not None}
-    _again(model, parts, states, grads, statistics, half, device)
-    replay(rest, device)
-    return loss.detach(), terms
-
-# %% ../nbs/41_gradients.ipynb #f3e1c562
-def _again(model, parts, states, grads, statistics, half, device):
-    "The second pass: each piece with its graph, and its tokens' gradients sent through."
-    norms = {id(b) for m in model.children() if isinstance(m, Encoder) for b in m.buffers()}
-    for b, old in statistics:
-        if id(b) in norms: b.copy_(old)   # running statistics must see each piece once
-    for i, (part, state) in enumerate(zip(parts, states, strict=True)):
+    for b, old in statistics: b.copy_(old)   # running statistics must see each piece once
+    known = [k for k in ("audio", "image") if k in whole and k not in learning]  # what a frozen tower said holds
+    for i, (part, state) in enumerate(zip(parts, states, strict=True) if learning else ()):
         replay(state, device)
-        out = encode(model, part, half)
+        said = {f"{k}_tokens": found[i][k] for k in known} | ({"audio_keep": found[i]["keep"]} if "audio" in known else {})
+        out = encode(model, part | said, half)
         pairs = [(out[k], g[i]) for k, g in grads.items() if out[k].requires_grad]
         if pairs: torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+    replay(rest, device)
+    return loss.detach(), terms
 
 # %% ../nbs/41_gradients.ipynb #1a591e6e
 def has_batch_norm(

@@ -116,7 +116,7 @@ def turns(
         for turn in range(len(out)): out[turn, sets[turn % len(sets)]] = True
     return out, np.array([len(sets) for sets in found])
 
-# %% ../nbs/12_groups.ipynb #4be28c0e
+# %% ../nbs/12_groups.ipynb #d21f6613
 class VideoSampler(Sampler):
     "Batches with at most `per_group` rows of a group: every row once an epoch, save the surplus of groups too large for it."
     def __init__(self,
@@ -138,11 +138,11 @@ class VideoSampler(Sampler):
         room = int(np.minimum(most, per_group).sum())
         if room < 2: raise ValueError(f"VideoSampler: {len(self.group)} rows of {len(self.count)} group(s); a batch needs rows of at least 2 groups.")
         self.batch_size, self.per_group, self.seed, self.rank, self.world = min(batch_size, room), per_group, seed, rank, world
-        self.batches = -(-int(most.sum()) // self.batch_size) # M
+        least = np.min([np.bincount(self.group, weights=t) for t in self.turns], 0)
+        self.batches = -(-int(least.sum()) // self.batch_size) # M, of the turn with the fewest rows
         self.seats = per_group*self.batches                   # most rows of a group in an epoch
         self.used = int(np.minimum(most, self.seats).sum())
         self.surplus = len(self.group) - self.used
-        least = np.min([np.bincount(self.group, weights=t) for t in self.turns], 0)
         fewest = int(np.minimum(least, self.seats).sum()) // self.batches # rows of a batch
         if fewest < world:
             raise ValueError(f"VideoSampler: batches of {fewest} rows cannot be shared by {world} ranks; use a larger batch_size.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'window_starts', 'embed_sound', 'embed_frames', 'Heat', 'heat_map', 'draw_heat', 'heat_videos']
 
-# %% ../nbs/50_inference.ipynb #773ffa5c
+# %% ../nbs/50_inference.ipynb #502cf357
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .augmentation import ImageView
 from .colours import two_head_video
 from .core import AUDIO_HZ, TOKEN_HZ, read_json, stable_hash, write_json
 from .media import VIDEO_SUFFIXES, decode_audio, decode_frames, find_media, probe
-from .models import audible_tokens
+from .models import DenseAligner, audible_tokens
 from .viz import heat_video
 
 # %% ../nbs/50_inference.ipynb #9091f805
@@ -88,7 +88,7 @@ class Heat:
     audible:Tensor      # (T,) bool: sound rather than silence
     heads:Tensor|None=None # (K, T, h, w) of each head alone, where there are several
 
-# %% ../nbs/50_inference.ipynb #bc041b39
+# %% ../nbs/50_inference.ipynb #7547d2db
 def heat_map(
     model,                  # DenseAligner, or a run folder
     path:str|Path,          # a video file with sound
@@ -102,6 +102,7 @@ def heat_map(
     if isinstance(model, (str, Path)):
         from avnb.checkpoints import load_run
         model = load_run(model)
+    if not isinstance(model, DenseAligner): raise ValueError(f"heat_map: a {type(model).__name__} gives one vector a clip and no places; needed a grounding run.")
     made, rest_s = getattr(model, "recipe", None), probe(path).dur_s - start_s
     if rest_s <= 0: raise ValueError(f"{path}: lasts {rest_s + start_s:.2f} s; nothing is left from {start_s} s on.")
     dur_s = None if dur_s is None or dur_s >= rest_s else dur_s

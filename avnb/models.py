@@ -6,7 +6,7 @@
 __all__ = ['HEADS', 'Linear', 'Centred', 'by_heads', 'DenseAligner', 'token_loudness', 'audible_tokens', 'clip_heat', 'alone',
            'tower_spec', 'build_tower', 'load_aligner', 'from_pretrained', 'DualEncoder']
 
-# %% ../nbs/24_models.ipynb #8b5daad9
+# %% ../nbs/24_models.ipynb #32393408
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .adapters import add_lora, base_hash, is_adapter
-from .core import FORMAT, nearest, read_json, write_atomic, write_json
+from .core import nearest, read_json
 from .duals import DualEncoder, load_dual
 from .encoders import BatchNorm1d, Encoder, build_encoder, load_encoder
+from .folders import fill, read_model, write_model
 from .losses import SIMILARITIES
 
 # %% ../nbs/24_models.ipynb #5f1c0e15
@@ -174,45 +175,31 @@ def build_tower(
     if base and base_hash(tower) != want: raise ValueError(f"{base}: its weights are not those that the adapters were learned on; needed a base with hash {want[:12]}.")
     return add_lora(tower, **lora)
 
-# %% ../nbs/24_models.ipynb #d9f5ed8d
+# %% ../nbs/24_models.ipynb #518aee2a
+@patch
+def in_a_base(self:DenseAligner, name:str)->bool:  # whether a weight lies in a base that came from elsewhere
+    tower = getattr(self, name.partition(".")[0], None)
+    return isinstance(tower, Encoder) and alone(tower) and not is_adapter(name)
+
 @patch
 def save_pretrained(self:DenseAligner,
     folder:str|Path, # made if missing
 )->Path:
     "Write `config.json` and `model.safetensors`."
-    from safetensors.torch import save
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    bases = tuple(f"{name}." for name in ("audio", "image") if alone(getattr(self, name)))
-    weights = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items() if not k.startswith(bases) or is_adapter(k)}
-    write_atomic(folder/"model.safetensors", save(weights, {"format": "pt"}))
-    write_json(folder/"config.json", {"format": FORMAT, "model": "DenseAligner", "audio": tower_spec(self.audio), "image": tower_spec(self.image), **self.facts})
-    return folder
+    weights = {k: v for k, v in self.state_dict().items() if not self.in_a_base(k)}
+    return write_model(folder, "DenseAligner", weights, {"audio": tower_spec(self.audio), "image": tower_spec(self.image), **self.facts})
 
 @patch
-def read(self:DenseAligner,
-    weights:dict, # of model.safetensors
-    where,        # for a message
-)->DenseAligner:
-    "Load weights; ValueError if some are missing or superfluous (a base below adapters may be missing)."
-    odd = self.load_state_dict(weights, strict=False)
-    bases = tuple(f"{name}." for name in ("audio", "image") if alone(getattr(self, name)))
-    missing = [k for k in odd.missing_keys if not k.startswith(bases) or is_adapter(k)]
-    if missing or odd.unexpected_keys: raise ValueError(f"{where}: its weights do not fit the model: missing {missing[:3]}, superfluous {odd.unexpected_keys[:3]}.")
-    return self
+def read(self:DenseAligner, weights:dict, where)->DenseAligner: return fill(self, weights, where, self.in_a_base)
 
-# %% ../nbs/24_models.ipynb #76c329c6
+# %% ../nbs/24_models.ipynb #0363a1c9
 def load_aligner(
     folder:str|Path, # written by `save_pretrained`
 )->DenseAligner:     # in evaluation mode, on the CPU
     "Read a folder back; FileNotFoundError or ValueError says what is missing or does not fit."
-    from safetensors.torch import load_file
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder/name).is_file(): raise FileNotFoundError(f"{folder} has no {name}; needed a folder written by `save_pretrained`.")
-    config = read_json(folder/"config.json")
-    if config.get("model") != "DenseAligner": raise ValueError(f"{folder}/config.json describes {config.get('model')!r}, not a DenseAligner.")
-    facts = {k: v for k, v in config.items() if k not in ("format", "model", "audio", "image")}
-    return DenseAligner(build_tower(config["audio"]), build_tower(config["image"]), **facts).read(load_file(folder/"model.safetensors"), folder).eval()
+    config, weights = read_model(folder, "DenseAligner")
+    towers = [build_tower(config.pop(name)) for name in ("audio", "image")]
+    return DenseAligner(*towers, **config).read(weights, folder).eval()
 
 DenseAligner.from_pretrained = staticmethod(load_aligner)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['token_share', 'moments', 'row_labels', 'Grounding']
 
-# %% ../nbs/25_objectives.ipynb #46c0d07f
+# %% ../nbs/25_objectives.ipynb #d8c73f21
 import json, zlib
 
 import torch
@@ -17,7 +17,7 @@ from .losses import SIMILARITIES, GroundingLoss
 from .models import audible_tokens, by_heads
 from .negatives import frame_scores, global_scores, negative_weights, pool_time, same_label, too_alike
 from .processes import gather
-from .regularisers import own_volumes, regularise, silence
+from .regularisers import regularise
 
 # %% ../nbs/25_objectives.ipynb #c6e29d88
 def token_share(
@@ -80,7 +80,7 @@ class Grounding(nn.Module):
             press = gather((press*n)[None], world).sum() / gather(n[None], world).sum()
         return gather(scores, world), press
 
-# %% ../nbs/25_objectives.ipynb #792fc41d
+# %% ../nbs/25_objectives.ipynb #1df588db
 def _negatives(self, out, keep, batch, world):
     "Weights (N, N) of the negatives, or None where all count."
     c = self.config
@@ -105,17 +105,16 @@ def _forward(self,
     "The loss of the global batch, equal on all ranks."
     c, m = self.config, self.model
     keep, quiet, spliced = moments(batch, out["keep"])
-    audio, image = out["audio"], gather(out["image"], world)
+    audio, image = out["audio"], out["image"]
     weight = _negatives(self, out, keep, batch, world)
     if m.time_pool > 1:
         quiet, spliced = (pool_time(x[..., None].to(audio), out["keep"], m.time_pool)[0][..., 0] >= .5 for x in (quiet, spliced))
         audio, keep = pool_time(audio, keep, m.time_pool, lambda x: by_heads(x, m.similarity, m.heads))
-    scores, press, extra = None, None, {}
-    if c.share_global < 1: scores, press = self.scores(audio, keep, image, step, rank, world)
-    whole = gather(global_scores(audio, keep, image.flatten(1, -2), m.similarity), world) if c.share_global else None
-    if any((c.silence, c.variation, c.calibration, c.specialisation)):
-        extra = regularise(gather(audio, world), gather(keep, world), image, self.temperature(), c, m.heads, gather(quiet, world))
-    if c.spliced: extra["spliced"] = c.spliced*silence(own_volumes(gather(audio, world), image.flatten(1, -2), m.heads), gather(spliced, world), power=2)
+    scores, press = None, None
+    images, total = gather(image, world), lambda sums: gather(sums[None], world).sum(0)
+    if c.share_global < 1: scores, press = self.scores(audio, keep, images, step, rank, world)
+    whole = gather(global_scores(audio, keep, images.flatten(1, -2), m.similarity), world) if c.share_global else None
+    extra = regularise(audio, keep, image, self.temperature(), c, m.heads, quiet, total=total, spliced=spliced)
     return self.loss(scores, press, weight=weight, global_scores=whole, extra=extra)
 
 Grounding.forward = _forward

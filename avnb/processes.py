@@ -10,22 +10,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# %% ../nbs/21_processes.ipynb #6ea4b50c
+# %% ../nbs/21_processes.ipynb #a6aee82e
+class _Gather(torch.autograd.Function):
+    "Rows of every rank, in rank order; backward adds what all ranks want of a row and hands it to the rank that owns it."
+    @staticmethod
+    def forward(ctx, x):
+        dist.all_gather(parts := [torch.empty_like(x) for _ in range(dist.get_world_size())], x)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous(); dist.all_reduce(grad)
+        return grad[dist.get_rank()]
+
 def gather(
     x:Tensor, # (n, ...), n may differ by rank, and so may the second axis
     world:int,
 )->Tensor:    # (sum of n, ...), in rank order, the second axis padded with zeros to the longest
     "Rows of all ranks, with gradient where there is one."
     if world == 1: return x
-    import torch.distributed.nn.functional as dnn
     here = torch.tensor([len(x), x.shape[1] if x.ndim > 1 else 0], device=x.device)
     sizes = [torch.empty_like(here) for _ in range(world)]
     dist.all_gather(sizes, here)
     rows, most = [int(n) for n, _ in sizes], torch.stack(sizes).amax(0).tolist()
     pad = (0, 0)*(x.ndim - 2) + ((0, most[1] - x.shape[1]) if x.ndim > 1 else ()) + (0, most[0] - len(x))
     padded = nn.functional.pad(x if x.is_floating_point() else x.to(torch.int64), pad).contiguous()
-    if padded.requires_grad or (padded.is_floating_point() and torch.is_grad_enabled()): parts = dnn.all_gather(padded)
-    else: dist.all_gather(parts := [torch.empty_like(padded) for _ in range(world)], padded)
+    parts = _Gather.apply(padded)
     return torch.cat([y[:n] for y, n in zip(parts, rows, strict=True)]).to(x.dtype)
 
 # %% ../nbs/21_processes.ipynb #cfafa64b

@@ -7,7 +7,7 @@ __all__ = ['CITATIONS', 'placeless', 'absolute', 'last', 'paths_of', 'citations'
            'licence_said', 'card_head', 'measured', 'trained', 'data_and_limits', 'model_card', 'publish_folder',
            'data_card', 'ToyTowerConfig', 'ToyTower', 'as_transformers', 'preprocessor', 'export_tower', 'main']
 
-# %% ../nbs/44_publishing.ipynb #4497b9b8
+# %% ../nbs/44_publishing.ipynb #b3ad8a78
 import argparse, re, shutil
 from collections import Counter
 from pathlib import Path, PureWindowsPath
@@ -21,6 +21,7 @@ from .augmentation import ImageView
 from .checkpoints import best_step, load_run, read_lines
 from .core import AUDIO_HZ, LANGUAGES, read_json, write_atomic, write_json
 from .encoders import PUBLISHED, Dino, Encoder, Hubert, LogMel, build_encoder
+from .models import DenseAligner
 from .recipes import Recipe, from_dict, standing, to_dict
 from .results import table
 from .store import open_store, store_info
@@ -162,7 +163,7 @@ def model_card(
              ("Limits", points(limits)), ("Licence", licence_said(recipe, licence)), ("Settings", "*given*: by the publication named; *ours*: chosen here.\n\n" + settings), ("Cite", points(citations(recipe, model)))]
     return card_head(recipe, run.name, results, licence) + f"\n# {run.name}\n\n" + "\n\n".join((f"## {t}\n\n" if t else "") + body for t, body in parts if body) + "\n"
 
-# %% ../nbs/44_publishing.ipynb #26f69554
+# %% ../nbs/44_publishing.ipynb #f41beb5a
 def publish_folder(
     run:str|Path,      # run folder
     out:str|Path,      # a folder to make; it must be new or empty
@@ -173,6 +174,7 @@ def publish_folder(
     run, out = Path(run), Path(out)
     if out.exists() and any(out.iterdir()): raise FileExistsError(f"{out} is not empty; publish into a new folder.")
     model = load_run(run, which)
+    if not isinstance(model, DenseAligner): raise ValueError(f"{run}: cards are written for grounding runs; this one holds a {type(model).__name__}. Share its checkpoint folder, or `save_lssd` it.")
     if (recipe := model.recipe) is None: raise FileNotFoundError(f"{run} has no recipe.json; a card needs the run's recipe.")
     known, results = paths_of(recipe, run), read_json(run/"results.json") if (run/"results.json").is_file() else {}
     if results and results["checkpoint"] != model.step:

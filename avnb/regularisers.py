@@ -87,10 +87,10 @@ def calibration(
     "What a temperature above 1 costs: max(0, ln(1/scale))^2 (DenseAV, arXiv:2406.05629)."
     return scale.log().neg().clamp(min=0).square()
 
-# %% ../nbs/23_regularisers.ipynb #559d523c
-def _sums(audio, image, keep, quiet, heads, wanted): # (2 * len(wanted),) sums and counts of some clips
+# %% ../nbs/23_regularisers.ipynb #d178106e
+def _sums(audio, image, keep, quiet, spliced, heads, wanted): # (2 * len(wanted),) sums and counts of some clips
     own = own_volumes(audio, image, heads)
-    terms = dict(silence=lambda: _silent(own, quiet), variation=lambda: _varied(own, keep), specialisation=lambda: _shared(own, keep))
+    terms = dict(silence=lambda: _silent(own, quiet), spliced=lambda: _silent(own, spliced, 2), variation=lambda: _varied(own, keep), specialisation=lambda: _shared(own, keep))
     return torch.stack([x.to(own.dtype) for name in wanted for x in terms[name]()])
 
 def regularise(
@@ -98,22 +98,23 @@ def regularise(
     keep:Tensor,   # (B, T) bool, True where the token is sound rather than padding
     image:Tensor,  # (B, P, D) or (B, F, P, D) tokens of each clip's own picture
     scale:Tensor,  # scalar, the factor on the scores
-    config,        # weights by name: .silence, .variation, .specialisation, .calibration (`LossConfig`)
+    config,        # weights by name: .silence, .spliced, .variation, .specialisation, .calibration (`LossConfig`)
     heads:int=1,   # K
-    quiet:Tensor|None=None, # (B, T) silent or spliced-in moments, bool or weights; needed where the weight of silence is not 0
+    quiet:Tensor|None=None, # (B, T) silent moments, bool or weights; needed where the weight of silence is not 0
     budget:float=2**26, # bytes for the volumes held at once
     total=None,    # sums and counts (n, 2) of this process -> of all, where clips are spread over several
+    spliced:Tensor|None=None, # (B, T) moments of another clip's sound; needed where the weight of spliced is not 0
 )->dict[str, Tensor]: # the weighted terms that have a weight, scalars
     "DenseAV's terms on the clips' own volumes (arXiv:2406.05629), in bounded memory."
-    weights = {name: getattr(config, name) for name in ("silence", "variation", "specialisation")}
+    weights = {name: getattr(config, name) for name in ("silence", "spliced", "variation", "specialisation")}
     wanted = tuple(name for name, w in weights.items() if w)
-    if "silence" in wanted and quiet is None:
-        raise ValueError(f"regularise: silence has weight {config.silence}, and `quiet` was not given: (B, T), True where a token hears nothing of its own clip.")
+    for name, where, given in (("silence", "quiet", quiet), ("spliced", "spliced", spliced)):
+        if name in wanted and given is None: raise ValueError(f"regularise: {name} has weight {weights[name]}, and `{where}` was not given: (B, T), True where a token hears nothing of its own clip.")
     out = {}
     if wanted:
-        image, quiet = image.flatten(1, -2), torch.zeros_like(keep) if quiet is None else quiet
+        image, (quiet, spliced) = image.flatten(1, -2), (torch.zeros_like(keep) if x is None else x for x in (quiet, spliced))
         step = max(1, int(budget / (heads*audio.shape[1]*image.shape[1]*max(4, audio.element_size()))))
-        parts = [checkpoint(_sums, *(x[b:b + step] for x in (audio, image, keep, quiet)), heads, wanted, use_reentrant=False, preserve_rng_state=False)
+        parts = [checkpoint(_sums, *(x[b:b + step] for x in (audio, image, keep, quiet, spliced)), heads, wanted, use_reentrant=False, preserve_rng_state=False)
                  for b in range(0, len(audio), step)]
         sums = torch.stack(parts).sum(0).view(-1, 2)
         out = {name: weights[name]*mean_of(*x) for name, x in zip(wanted, sums if total is None else total(sums), strict=True)}

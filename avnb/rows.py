@@ -121,7 +121,7 @@ def read_truth(
         with np.load(file.with_suffix(".npz"), allow_pickle=False) as z: arrays = {k: z[k] for k in ("labels", "shot")}
     return dict(json=json.loads(file.read_text()), **arrays)
 
-# %% ../nbs/12_rows.ipynb #2a5f79e1
+# %% ../nbs/12_rows.ipynb #cde506cc
 def truth_slice(
     truth:dict,     # from `read_truth`
     start_s:float,  # of the segment
@@ -129,9 +129,9 @@ def truth_slice(
     times_s:list,   # of its stored frames, in the video
 )->tuple:           # (labels as a dict, label maps (F,H,W) or an empty list)
     "The truth of one segment."
-    shots = truth["json"]["shots"]
+    shots = truth["json"].get("shots", [])
     inside = [i for i, s in enumerate(shots) if s["start_s"] < start_s + dur_s and s["end_s"] > start_s]
-    out = {k: truth["json"][k] for k in ("format", "video", "kind") if k in truth["json"]}
+    out = {k: truth["json"][k] for k in ("format", "video", "kind", "label") if k in truth["json"]}
     out["shots"] = shift([shots[i] for i in inside], start_s, dur_s)
     heard = lambda n: any(w["start_s"] < dur_s and w["end_s"] > 0 for w in n["words"].values())
     for s in out["shots"]: s["narrator"] = [n for n in s.get("narrator") or [] if heard(n)]

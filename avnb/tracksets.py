@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOOK', 'HEARING', 'DRAWS', 'DubView', 'pick_tracks', 'even', 'open_frame', 'look', 'hear', 'DubDataset',
-           'finish_dubs', 'DubLoader', 'dub_loader', 'dub_counts']
+           'finish_dubs', 'dub_counts']
 
-# %% ../nbs/20_tracksets.ipynb #9f1eb42f
+# %% ../nbs/20_tracksets.ipynb #84ec9f78
 import io
 from dataclasses import dataclass, replace
 
@@ -16,11 +16,10 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as nnf
-from torch.utils.data import DataLoader
 
 from .augmentation import ImageView, colours, draws, paint
-from .batches import ClipDataset, Loader, _Batches, _Keys
-from .core import settings, to_iso
+from .batches import ClipDataset
+from .core import to_iso
 from .mels import LogMel48
 from .rows import StoreConfig
 
@@ -121,7 +120,7 @@ def hear(
     at = (torch.arange(mel.shape[-1], device=mel.device) - shift[..., None]) % mel.shape[-1]
     return out.gather(-1, at[..., None, :].expand_as(out))[:, :, None]
 
-# %% ../nbs/20_tracksets.ipynb #d920fb97
+# %% ../nbs/20_tracksets.ipynb #2714fea3
 LOOK, HEARING = 7, 2 # numbers that decide a look and a hearing
 DRAWS = 3 + 2*LOOK + 2*HEARING # of a clip; more for extra tracks
 
@@ -133,13 +132,9 @@ class DubDataset(ClipDataset):
         if self.rate_hz != 48_000: raise ValueError(f"DubDataset: the store's sound is at {self.rate_hz} Hz; the log-mel needs 48000. Prepare it with `StoreConfig(rate_hz=48_000, seconds=3)`.")
     @property
     def titles(self)->list: return self.values("title")
-    def __getitem__(self,
-        index, # number of a clip, or (number, epoch)
-    )->dict:   # one example of `finish_dubs`, without the batch axis
-        "One finished clip."
-        i, epoch = index if isinstance(index, tuple) else (index, 0)
-        if not 0 <= i < len(self): raise IndexError(f"clip {i} of {len(self)}")
-        return {k: v[0] for k, v in finish_dubs(self.raw([i], epoch), LogMel48()).items()}
+    def finisher(self, device):
+        mel = LogMel48().to(device)
+        return lambda raw: finish_dubs(raw, mel)
     def _keep(self, key, make):
         if (x := self.held.get(key)) is None:
             x = make()
@@ -213,27 +208,6 @@ def finish_dubs(
     audio = hear(mels, raw["gain_db"], raw["shift"])
     more = dict(extra=audio[:, 2:], heard=raw["heard"]) if audio.shape[1] > 2 else {}
     return dict(video=video, audio=audio[:, :2], **more, **{k: raw[k] for k in ("dubbed", "row", "language")})
-
-# %% ../nbs/20_tracksets.ipynb #21889626
-class DubLoader(Loader):
-    "Batches of looks and hearings on a device, in a sampler's order."
-    def __init__(self, inner, sampler, device): super().__init__(inner, sampler, device); self.mel = LogMel48().to(device)
-    def __iter__(self):
-        for raw in self.inner:
-            yield finish_dubs({k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in raw.items()}, self.mel)
-
-def dub_loader(
-    clips:DubDataset, # what to load
-    sampler,          # VideoSampler or InOrder over its clips
-    *,
-    workers:int|None=None, # reading processes; None = settings.ini
-    device="cpu",     # where batches are finished
-)->DubLoader:         # an iterable of the dicts of `finish_dubs`, with `len` and `set_epoch`
-    "Load pairs in a sampler's order; the log-mels are made on the device, save where the dataset keeps them."
-    device, workers = torch.device(device), settings().workers if workers is None else workers
-    inner = DataLoader(_Batches(clips), sampler=_Keys(sampler), batch_size=None, num_workers=workers, persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda", generator=torch.Generator()) # a generator of its own: the run's is left alone
-    return DubLoader(inner, sampler, device)
 
 # %% ../nbs/20_tracksets.ipynb #4eb184ac
 def dub_counts(

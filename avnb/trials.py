@@ -7,18 +7,17 @@ __all__ = ['PARTS', 'RULE', 'toy_sets', 'asked', 'Tokens', 'embed_set', 'heat_ma
            'right_object', 'retrieval_trial', 'retrieval_chance', 'disentangling_trial', 'grounding_trials',
            'choose_by']
 
-# %% ../nbs/32_trials.ipynb #84c6c573
+# %% ../nbs/32_trials.ipynb #a791c7f7
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .batches import ClipDataset, InOrder, View, loader
 from .heads import pair_scores
-from .metrics import ap_dis, area_matched, bootstrap, centre_heat, contrast_saliency, pointing_each, random_heat, ranks, retrieval, to_size
+from .metrics import ap_dis, area_matched, centre_heat, contrast_saliency, pointing_each, random_heat, ranks, retrieval, to_size, with_interval
 from .models import audible_tokens, by_heads, clip_heat
 from .negatives import pool_time
 from .store import open_store, prepare
@@ -137,20 +136,14 @@ def _readings(heat, masks, answer)->dict:
     iou = (hot & truth).sum((1, 2)) / (hot | truth).sum((1, 2))
     return {"pointing": pointing_each(heat, truth).float(), "right_object": right_object(heat, masks, answer).float(), "area_iou": iou.float()}
 
-# %% ../nbs/32_trials.ipynb #fa72aded
-def _figure(values)->dict:
-    "A mean with its 95 % bootstrap interval, as results.json holds it."
-    values = np.asarray(values, dtype=float)
-    value, lo, hi = bootstrap(values)
-    return {"value": round(value, 4), "lo": round(lo, 4), "hi": round(hi, 4), "n": len(values)}
-
+# %% ../nbs/32_trials.ipynb #cf2c1388
 def retrieval_trial(
     t:Tokens,
 )->tuple: # metrics, and the scores (N, N)
     "Exact-pair retrieval both ways, scored as the model was trained; R@k with intervals, ranks without."
     audio, keep = pool_time(t.audio, t.keep, t.facts.get("time_pool", 1), lambda x: by_heads(x, t.facts["similarity"], t.facts["heads"]))
     scores = pair_scores(audio, t.image, keep, **{k: t.facts[k] for k in ("heads", "pool", "aggregate") if k in t.facts})[0].cpu()
-    out = {f"{way}/R@{k}": _figure((ranks(s)[0] <= k).float()) for way, s in (("a2v", scores), ("v2a", scores.T)) for k in (1, 5, 10)}
+    out = {f"{way}/R@{k}": with_interval((ranks(s)[0] <= k).float()) for way, s in (("a2v", scores), ("v2a", scores.T)) for k in (1, 5, 10)}
     return out | {k: {"value": round(float(v), 4)} for k, v in retrieval(scores).items() if k not in out}, scores
 
 def retrieval_chance(
@@ -197,7 +190,7 @@ def _found_items(kind, t, scores)->list:
     rank, best = [ranks(s)[0].tolist() for s in (scores, scores.T)], scores.argmax(1).tolist()
     return [{"id": t.ids[i], "kind": kind, "label": heard[i], "prediction": t.ids[best[i]], "hit": rank[0][i] == 1, "rank_a2v": rank[0][i], "rank_v2a": rank[1][i]} for i in range(len(t.ids))]
 
-# %% ../nbs/32_trials.ipynb #488157c9
+# %% ../nbs/32_trials.ipynb #fb641a3e
 def grounding_trials(
     model,              # DenseAligner
     sets:dict,          # {kind: store}, from `toy_sets`
@@ -216,11 +209,11 @@ def grounding_trials(
             continue
         kept[kind], answer, heat = t, torch.tensor([asked(labels, kind) for labels in t.labels]), heat_maps(t)
         found = _readings(heat, t.masks, answer)
-        metrics |= {f"{kind}/{k}": _figure(v) for k, v in found.items()}; items += _seen_items(kind, t, heat, answer, found)
+        metrics |= {f"{kind}/{k}": with_interval(v) for k, v in found.items()}; items += _seen_items(kind, t, heat, answer, found)
         size, n = tuple(t.frames.shape[-2:]), len(t.frames)
         for rule, other in {"saliency": contrast_saliency(t.frames), "shuffled": heat_maps(t, torch.arange(n).roll(1)),
                             "centre": centre_heat(*size).expand(n, *size), "random": random_heat(n, *size)}.items() if baselines else ():
-            rules[rule] |= {f"{kind}/{k}": _figure(v) for k, v in _readings(other, t.masks, answer).items()}
+            rules[rule] |= {f"{kind}/{k}": with_interval(v) for k, v in _readings(other, t.masks, answer).items()}
     if baselines and getattr(model, "facts", {}).get("heads", 1) > 1 and {"speech", "loc"} <= set(kept):
         shared = _half_and_half(kept["speech"], kept["loc"]); metrics |= shared["metrics"]
         for rule, found in shared["baselines"].items(): rules.setdefault(rule, {}).update(found)
