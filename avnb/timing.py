@@ -198,7 +198,7 @@ def gradient_error(
     truth = torch.autograd.grad((scores * weight).sum() + p, (x, y))
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, truth, strict=True)), moved
 
-# %% ../nbs/31_timing.ipynb #a798b1f2
+# %% ../nbs/31_timing.ipynb #664ace27
 def pair_step(
     shape:tuple[int, int, int, int], # B, T, P, D
     choices:dict, # what `pair_scores` takes by name
@@ -216,6 +216,6 @@ def term_step(
     B, T = shape[:2]
     scale = torch.tensor(.5, requires_grad=True)
     if names == ("calibration",): return lambda: torch.autograd.grad(calibration(scale), scale) # it knows no tokens
-    config = SimpleNamespace(**{n: float(n in names) for n in ("silence", "variation", "specialisation", "calibration")})
+    config = SimpleNamespace(**{n: float(n in names) for n in ("silence", "spliced", "variation", "specialisation", "calibration")})
     keep, quiet = torch.ones(B, T, dtype=torch.bool), (torch.arange(T) % 4 == 0).expand(B, T)
     return _awake(lambda audio, image: sum(regularise(audio, keep[:len(audio)], image, scale, config, heads, quiet[:len(audio)]).values()), shape)
