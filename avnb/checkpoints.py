@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['build_model', 'rng_state', 'set_rng_state', 'save_checkpoint', 'load_checkpoint', 'checkpoints', 'prune', 'best_step',
-           'load_run', 'begin_with', 'Run', 'read_lines', 'cut_lines', 'load_lssd']
+           'load_run', 'ancestor_of', 'ancestor_folder', 'begin_with', 'began_with', 'Run', 'read_lines', 'cut_lines',
+           'load_lssd']
 
-# %% ../nbs/41_checkpoints.ipynb #5b388141
+# %% ../nbs/41_checkpoints.ipynb #72b7cc49
 import json, os, random, shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .adapters import add_lora
-from .core import FORMAT, read_json, sync_folder, write_atomic, write_json
+from .core import FORMAT, override, read_json, sync_folder, write_atomic, write_json
 from .duals import DualEncoder, film_encoder, mel_encoder
 from .encoders import audio_encoder, image_encoder
 from .lssd import DualConfig
 from .models import DenseAligner, from_pretrained
 from .published import load_lssd
-from .recipes import Recipe, from_dict
+from .recipes import FREE, Recipe, differences, from_dict, variants
 
 # %% ../nbs/41_checkpoints.ipynb #a72844a3
 _all_ = ["load_lssd"] # importable from here, too
@@ -147,7 +148,24 @@ def load_run(
     model.step = read_json(folder/"state.json")["step"] if (folder/"state.json").is_file() else step
     return model
 
-# %% ../nbs/41_checkpoints.ipynb #244819df
+# %% ../nbs/41_checkpoints.ipynb #33c1fc3a
+def ancestor_of(
+    recipe:Recipe,
+)->Recipe:
+    "The ancestor's recipe: this one, with the fields in which the two variants differ set to the ancestor's."
+    own, other = variants[recipe.variant](recipe.scale), variants[recipe.ancestor](recipe.scale)
+    return override(replace(recipe, init=None), {name: value for name, (_, value) in differences(own, other).items()})
+
+def ancestor_folder(
+    recipe:Recipe, out:Path,
+)->Path:
+    "Where the ancestor's run is, or will be: beside this one, under the ancestor's name; under this run's own name too where another run has that folder."
+    named, beside = out.with_name(out.name.replace(recipe.variant, recipe.ancestor)), out.parent/recipe.ancestor
+    if named != out: return named
+    same = not (beside/"recipe.json").is_file() or not [k for k in differences(from_dict(read_json(beside/"recipe.json")), ancestor_of(recipe)) if k not in FREE]
+    return beside if same else out.with_name(f"{out.name}-{recipe.ancestor}")
+
+# %% ../nbs/41_checkpoints.ipynb #f26dc18d
 def begin_with(
     model, start:Path, # run folder, saved model, or a published config.yaml
 )->None:
@@ -155,6 +173,14 @@ def begin_with(
     weights = (load_lssd(start) if start.is_file() else load_run(start)).state_dict()
     if start.is_file(): weights |= {k: v for k, v in model.state_dict().items() if "_head." in k}
     model.read(weights, start)
+
+def began_with(
+    run:str|Path, # the run folder
+):                # a model, as `load_run` gives it, or None
+    "The model that a run began with, if that was another run's which is still there."
+    file = Path(run)/"start.json"
+    start = Path(run)/read_json(file)["begins_with"] if file.is_file() else None
+    return load_run(start.resolve()) if start is not None and start.is_dir() else None
 
 # %% ../nbs/41_checkpoints.ipynb #d6cb02dd
 @dataclass

@@ -19,7 +19,7 @@ from typing import get_type_hints
 from .core import coerce, device as pick_device, nearest, settings
 from .recipes import Recipe, TrainConfig, recipe as make_recipe
 
-# %% ../nbs/41_configs.ipynb #70e4a444
+# %% ../nbs/41_configs.ipynb #a1201f1c
 SECTIONS = {
     "training": {"video_dir": str, "output_dir": str, "batch_size": "train.batch_size", "num_epochs": "train.epochs", "learning_rate": "train.lr", "num_workers": int,
         "gradient_accumulation_steps": "train.accumulate", "save_every_steps": "train.save_every", "device": str, "force_new_training": bool},
@@ -27,7 +27,7 @@ SECTIONS = {
     "visualization": {"vis_every": "train.draw_every", "num_vis_samples": "train.draw_n"},
     "wandb": {"enabled": bool, "project": str, "run_name": str},
 }
-OURS = ("variant", "scale", "data", "name", "out", "steps", "save_every", "seed", "overrides", "force_new") # may stand beside the sections: what `train.ipynb` takes
+OURS = ("variant", "scale", "data", "name", "out", "steps", "save_every", "seed", "init", "overrides", "force_new") # may stand beside the sections: what `train.ipynb` takes
 
 # %% ../nbs/41_configs.ipynb #71c769e6
 def unknown_key(
@@ -132,7 +132,7 @@ def _fields(values):
     fields = {what: values[name] for name, what in named.items() if isinstance(what, str)}
     return {"train.steps": None, **fields} if "train.epochs" in fields else fields
 
-# %% ../nbs/41_configs.ipynb #1647b48a
+# %% ../nbs/41_configs.ipynb #1d77277a
 def from_sections(
     training:dict|None=None, model:dict|None=None, visualization:dict|None=None, wandb:dict|None=None, # of the config file
     *,
@@ -144,6 +144,7 @@ def from_sections(
     steps:int|None=None,         # in the place of training.num_epochs
     save_every:int|None=None,    # in the place of training.save_every_steps
     seed:int|None=None,
+    init:str|Path|None=None,     # weights to begin with: a run folder, a published config.yaml, or "random"
     overrides:dict|None=None,    # other fields of the recipe, by dotted name; they stand above all else
     force_new:bool=False,        # start over, also without training.force_new_training
 )->Job:
@@ -152,7 +153,7 @@ def from_sections(
     scale = scale or settings().scale
     if values and scale == "toy": notes.append("scale: toy. The towers are small and learn from scratch; HuBERT and DINOv2, which this kind of config was written for, are `scale: published`.")
     values = _doubly(values, dict(data=data, out=out, steps=steps, save_every=save_every), notes)
-    made = make_recipe(variant, scale, _folder(values, data), steps, save_every, seed, {**_fields(values), **(overrides or {})})
+    made = make_recipe(variant, scale, _folder(values, data), steps, save_every, seed, {**_fields(values), **({"init": init if init == "random" else str(Path(init).expanduser().resolve())} if init else {}), **(overrides or {})})
     if made.train.accumulate > 1: notes.append(f"train.accumulate={made.train.accumulate}: each batch of an update has negatives of its own, so this is not a larger batch; train.micro_batch gives one in little memory.")
     folder = Path(out or values.get("training.output_dir") or settings().runs/(name or variant)).expanduser()
     return Job(recipe=made, out=folder, force_new=force_new or values.get("training.force_new_training", False), notes=notes,

@@ -19,7 +19,7 @@ from .encoders import BatchNorm1d, BatchNorm2d, Encoder
 from .folders import fill, read_model, write_model
 from .mvit import SIZES, BatchNorm3d, audio_tower, build_mvit, video_tower
 
-# %% ../nbs/24_duals.ipynb #c2ee1c3b
+# %% ../nbs/24_duals.ipynb #28fa0271
 def _stage(i:int, o:int, kernel:int, stride:int=1)->nn.Module:
     "Convolution over a picture, batch norm, ReLU."
     return nn.Sequential(nn.Conv2d(i, o, kernel, stride, kernel//2, bias=False), BatchNorm2d(o), nn.ReLU())
@@ -28,13 +28,13 @@ class ToyVideo(Encoder):
     "The toy film tower: 0.11 M parameters at its own width."
     def __init__(self,
         width:int=128,           # D
-        size:tuple=(16, 64, 64), # frames, height, width it is made for; others go too, frames in fours
+        size:tuple=(16, 64, 64), # frames, height, width it is made for; others go too, frames in eights
     ):
         super().__init__()
         if width % 8: raise ValueError(f"ToyVideo: width={width}; needed a multiple of 8.")
         self.dim, self.size = width, tuple(size)
         self.norm, c = BatchNorm3d(3, affine=False), width//8
-        self.stem = nn.Sequential(nn.Conv3d(3, c, (4, 5, 5), 4, (0, 2, 2), bias=False), BatchNorm3d(c), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv3d(3, c, (8, 5, 5), (8, 2, 2), (0, 2, 2), bias=False), BatchNorm3d(c), nn.ReLU())
         self.body = nn.Sequential(_stage(c, 2*c, 3, 2), _stage(2*c, 4*c, 3, 2), _stage(4*c, 7*c, 3), _stage(7*c, width, 1))
 
     def spec(self)->dict: return {"kind": "toy-video", "width": self.dim, "size": self.size}
@@ -42,10 +42,10 @@ class ToyVideo(Encoder):
     def encode(self,
         video:Tensor, # (B, 3, F, H, W) in [0, 1]
     )->Tensor:        # (B, D)
-        if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] < 4: raise ValueError(f"ToyVideo: an input of shape {tuple(video.shape)}; needed (B, 3, F, H, W) with at least 4 frames.")
-        frames = self.stem(self.norm(video)).transpose(1, 2)
-        places = self.body(frames.flatten(0, 1).contiguous(memory_format=torch.channels_last))
-        return places.mean((2, 3)).unflatten(0, frames.shape[:2]).mean(1)
+        if video.ndim != 5 or video.shape[1] != 3 or video.shape[2] < 8: raise ValueError(f"ToyVideo: an input of shape {tuple(video.shape)}; needed (B, 3, F, H, W) with at least 8 frames.")
+        pictures = self.stem(self.norm(video)).transpose(1, 2)
+        places = self.body(pictures.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        return places.amax((2, 3)).unflatten(0, pictures.shape[:2]).mean(1)
 
 # %% ../nbs/24_duals.ipynb #af1f6a4e
 class ToyMel(Encoder):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETS', 'DUB_RULE', 'dub_sets', 'Scenes', 'embed_scenes', 'centred', 'same_scene', 'distance_ratio', 'probe', 'across',
-           'other_sound', 'film_and_sound', 'dub_trials', 'choose_dubs']
+           'with_other_sound', 'readings', 'dub_trials', 'film_and_sound', 'by_language', 'choose_dubs']
 
 # %% ../nbs/33_dub_trials.ipynb #8f11440a
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ def dub_sets(
         out[name] = open_store(Path(folder)/"stores"/f"toy-dubs-{where}")
     return out
 
-# %% ../nbs/33_dub_trials.ipynb #7302ae0c
+# %% ../nbs/33_dub_trials.ipynb #7399c3f7
 @dataclass
 class Scenes:
     "Films, and each of their tracks, as vectors."
@@ -53,28 +53,32 @@ class Scenes:
 
 @torch.no_grad()
 def embed_scenes(
-    model,                  # DualEncoder
+    models,                 # a DualEncoder, or several
     store,                  # from `open_store`
     view:DubView=DubView(), # its still form is used # noqa: B008
     device="cpu",
     languages=None,         # which tracks; None = all that every row has
     batch_size:int=50,
-)->Scenes:
-    "All films of a store and their tracks."
-    was, tracks = model.training, store["tracks"][:]
+):                          # Scenes, or as many as there are models
+    "All films of a store and their tracks, read once for however many models."
+    several, tracks = isinstance(models, (list, tuple)), store["tracks"][:]
+    every, was = (models, [m.training for m in models]) if several else ([models], [models.training])
     languages = list(languages or [t for t in tracks[0] if all(t in other for other in tracks)])
-    model.eval(); found = {}
-    for language in languages:
-        clips = DubDataset(store, None, replace(view.still(), track=language))
-        for batch in loader(clips, InOrder(len(clips), batch_size), workers=0, device=device):
-            one = {"audio": batch["audio"][:, :1]} | ({"video": batch["video"][:, :1]} if language == languages[0] else {})
-            towers = model.towers(one)
-            for name, x in towers.items(): found.setdefault((name, "tower", language), []).append(x[:, 0].float().cpu())
-            for name, x in model.project(towers).items(): found.setdefault((name, "space", language), []).append(x[:, 0].cpu())
-    model.train(was)
-    of = lambda name, where, language: torch.cat(found[name, where, language])
-    return Scenes(of("video", "tower", languages[0]), of("video", "space", languages[0]), {k: of("audio", "tower", k) for k in languages}, {k: of("audio", "space", k) for k in languages},
-                  [dub_answers(x) for x in store["labels"][:]])
+    clips, found = DubDataset(store, None, replace(view.still(), track=languages[0])), [{} for _ in every]
+    for batch in loader(clips, InOrder(len(clips), batch_size), workers=0, device=device):
+        heard = torch.stack([torch.stack([clips.mel(r, tracks[r].index(k)) for k in languages]) for r in batch["row"].tolist()])[:, :, None]
+        for model, out in zip(every, found, strict=True):
+            towers = model.eval().towers({"video": batch["video"][:, :1], "audio": heard.to(device)})
+            for where, kinds in (("tower", towers), ("space", model.project(towers))):
+                for name, x in kinds.items(): out.setdefault((name, where), []).append(x.float().cpu())
+    for model, mode in zip(every, was, strict=True): model.train(mode)
+    answers = [dub_answers(x) for x in store["labels"][:]]
+    scenes = [_scenes({k: torch.cat(x) for k, x in out.items()}, languages, answers) for out in found]
+    return scenes if several else scenes[0]
+
+def _scenes(x, languages, answers)->Scenes:
+    heard = lambda where: dict(zip(languages, x["audio", where].unbind(1), strict=True))
+    return Scenes(x["video", "tower"][:, 0], x["video", "space"][:, 0], heard("tower"), heard("space"), answers)
 
 # %% ../nbs/33_dub_trials.ipynb #7741702f
 def centred(x:Tensor)->Tensor: return normalize(x - x.mean(0), dim=-1)
@@ -108,28 +112,65 @@ def probe(
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=.1)).fit(np.asarray(train), list(labels))
     return fitted.predict(np.asarray(test)) == np.asarray(list(answers))
 
-# %% ../nbs/33_dub_trials.ipynb #f9a74928
+# %% ../nbs/33_dub_trials.ipynb #086bfcd2
 def across(
     s:Scenes,
     language:str,
-)->dict:
-    "Film and sound of one language: R@1 both ways, mean average precision of the class, and the same with another scene's sound."
+)->dict:          # {reading: (N,) a number a scene}
+    "Film and sound of one language: R@1 both ways, and average precision of the class."
     scores, classes = s.shown @ s.said[language].T, np.array([a["class"] for a in s.answers])
     out, n = {}, len(scores)
     for way, x in (("a2v", scores.T), ("v2a", scores)):
-        out[f"{way}/R@1"] = with_interval((ranks(x)[0] <= 1).float())
+        out[f"{way}/R@1"] = (ranks(x)[0] <= 1).float().numpy()
         order = x.argsort(1, descending=True).numpy()
         hit = classes[order] == classes[:, None]
-        out[f"{way}/class_mAP"] = with_interval(((hit.cumsum(1)/np.arange(1, n + 1))*hit).sum(1)/hit.sum(1))
+        out[f"{way}/class_mAP"] = ((hit.cumsum(1)/np.arange(1, n + 1))*hit).sum(1)/hit.sum(1)
     return out
 
-def other_sound(
-    model, store, view:DubView=DubView(), device="cpu", # as `embed_scenes` takes them # noqa: B008
-)->dict:
-    "The retrieval figures with each film given the next scene's sound: what the model's figures must stand clear of."
-    s = embed_scenes(model, store, view, device)
+def with_other_sound(
+    s:Scenes,
+)->dict: # {figure: (N,)}
+    "The retrieval readings with each film given the next scene's sound: what a model's must stand clear of."
     wrong = replace(s, said={k: x.roll(1, 0) for k, x in s.said.items()})
     return {f"{language}/{k}": v for language in s.heard for k, v in across(wrong, language).items()}
+
+# %% ../nbs/33_dub_trials.ipynb #f51626af
+def readings(
+    s:Scenes, # of the test
+    p:Scenes, # what probes learn from
+)->dict:      # {figure: (N,) a number a scene of the test}, named `question/reading`
+    "Every question, scene by scene."
+    spoken, asked = [k for k in s.heard if k != "zxx"], lambda x, name: [a[name] for a in x.answers]
+    out = {f"{language}/{k}": v for language in s.heard for k, v in across(s, language).items()}
+    if {"en", "ja"} <= s.heard.keys(): out["same_scene/en_ja/R@1"] = same_scene(s.heard["en"], s.heard["ja"]).float().numpy()
+    out["distance_ratio"] = distance_ratio([s.heard[k] for k in spoken]).numpy()
+    for name in ("class", "background"):
+        for to in ("ja", "zxx"):
+            if to in s.heard: out[f"probe/{name}/{to}"] = probe(p.heard["en"], asked(p, name), s.heard[to], asked(s, name))
+        out[f"probe/{name}/video"] = probe(p.film, asked(p, name), s.film, asked(s, name))
+    known = [k for k in p.heard if k in spoken]
+    names = lambda x: [k for k in known for _ in x.answers]
+    out["probe/language"] = probe(torch.cat([p.heard[k] for k in known]), names(p), torch.cat([s.heard[k] for k in known]), names(s)).reshape(len(known), -1).mean(0)
+    return out | {"probe/word/en": probe(p.heard["en"], [w["en"] for w in asked(p, "word")], s.heard["en"], [w["en"] for w in asked(s, "word")])}
+
+# %% ../nbs/33_dub_trials.ipynb #1029c1b0
+def dub_trials(
+    model,                  # DualEncoder
+    sets:dict,              # of `dub_sets`
+    view:DubView=DubView(), # of the recipe # noqa: B008
+    device="cpu",
+    others=None,            # {rule: DualEncoder} to stand beside it: the same towers untrained
+)->dict:                    # {"metrics": {figure: {"value", "lo", "hi", "n"}}, "baselines": {rule: {figure: ...}}, "items": [one dict a scene]}
+    "Figures, beside those of other models, and of each film with another scene's sound."
+    told = lambda found: {k: with_interval(v) for k, v in found.items()}
+    if "val" in sets: return {"metrics": {f"val/en/{k}": v for k, v in told(across(embed_scenes(model, sets["val"], view, device, ["en"]), "en")).items()}, "baselines": {}, "items": []}
+    others = others or {}
+    test, train = (embed_scenes([model, *others.values()], sets[name], view, device) for name in ("test", "probe"))
+    found, *beside = (readings(s, p) for s, p in zip(test, train, strict=True))
+    rules = {rule: told(x) for rule, x in zip(others, beside, strict=True)} | {"other sound": told(with_other_sound(test[0]))}
+    names = [f"{v}#{k}" for v, k in zip(sets["test"]["video_id"][:], sets["test"]["segment"][:], strict=True)]
+    items = [{"id": name, "kind": "dubs", "label": a["class"], **{k: float(v[i]) for k, v in found.items()}} for i, (name, a) in enumerate(zip(names, test[0].answers, strict=True))]
+    return {"metrics": told(found), "baselines": rules, "items": items}
 
 # %% ../nbs/33_dub_trials.ipynb #2b00a18b
 @torch.no_grad()
@@ -147,43 +188,25 @@ def film_and_sound(
     scores = torch.cat(found["video"]) @ torch.cat(found["audio"]).T
     return {f"{way}/R@1": with_interval((ranks(x)[0] <= 1).float()) for way, x in (("v2a", scores), ("a2v", scores.T))}
 
-# %% ../nbs/33_dub_trials.ipynb #bd77a451
-def dub_trials(
-    model,                  # DualEncoder
-    sets:dict,              # of `dub_sets`
-    view:DubView=DubView(), # of the recipe # noqa: B008
-    device="cpu",
-)->dict:                    # {name: {"value", "lo", "hi", "n"}}
-    "Every question, with figures named `question/reading`."
-    if "val" in sets: return {f"val/en/{k}": v for k, v in across(embed_scenes(model, sets["val"], view, device, ["en"]), "en").items()}
-    s, p = embed_scenes(model, sets["test"], view, device), embed_scenes(model, sets["probe"], view, device)
-    spoken = [k for k in s.heard if k != "zxx"]
-    out = {f"{language}/{k}": v for language in s.heard for k, v in across(s, language).items()}
-    return out | _invariance(s, spoken) | _probes(s, p)
+# %% ../nbs/33_dub_trials.ipynb #172330f3
+def by_language(
+    results:dict, # of `dub_trials`, or what results.json holds
+):                # a pandas DataFrame: one row a language
+    "Retrieval between film and sound in each language, beside chance and the same towers untrained."
+    import pandas as pd
+    m, fresh = results["metrics"], results["baselines"].get("random init", {})
+    show = lambda v: f"{v['value']:.3f} [{v['lo']:.2f}, {v['hi']:.2f}]"
+    rows = {}
+    for language in dict.fromkeys(k.split("/")[0] for k in m if k.endswith("/class_mAP")):
+        of = {name: f"{language}/{k}" for name, k in (("film from sound, R@1", "a2v/R@1"), ("sound from film, R@1", "v2a/R@1"), ("class, mAP", "a2v/class_mAP"))}
+        rows[language] = {name: show(m[k]) for name, k in of.items()} | {"chance R@1": f"{1/m[of['class, mAP']]['n']:.3f}"} | ({"untrained, mAP": show(fresh[of["class, mAP"]])} if fresh else {})
+    return pd.DataFrame.from_dict(rows, orient="index")
 
-# %% ../nbs/33_dub_trials.ipynb #0640e545
-def _invariance(s, spoken)->dict:
-    out = {}
-    out["same_scene/en_ja/R@1"] = with_interval(same_scene(s.heard["en"], s.heard["ja"]).float())
-    out["distance_ratio"] = with_interval(distance_ratio([s.heard[k] for k in spoken]))
-    return out
-
-def _probes(s, p)->dict:
-    out = {}
-    for name in ("class", "background"):
-        out[f"probe/{name}/ja"] = with_interval(probe(p.heard["en"], [a[name] for a in p.answers], s.heard["ja"], [a[name] for a in s.answers]))
-        if "zxx" in s.heard: out[f"probe/{name}/zxx"] = with_interval(probe(p.heard["en"], [a[name] for a in p.answers], s.heard["zxx"], [a[name] for a in s.answers]))
-        out[f"probe/{name}/video"] = with_interval(probe(p.film, [a[name] for a in p.answers], s.film, [a[name] for a in s.answers]))
-    known = [k for k in p.heard if k != "zxx" and k in s.heard]
-    out["probe/language"] = with_interval(probe(torch.cat([p.heard[k] for k in known]), sum(([k]*len(p.answers) for k in known), []), torch.cat([s.heard[k] for k in known]), sum(([k]*len(s.answers) for k in known), [])))
-    out["probe/word/en"] = with_interval(probe(p.heard["en"], [a["word"]["en"] for a in p.answers], s.heard["en"], [a["word"]["en"] for a in s.answers]))
-    return out
-
-# %% ../nbs/33_dub_trials.ipynb #d2709d7d
+# %% ../nbs/33_dub_trials.ipynb #8b99bcd8
 DUB_RULE = "mean class mAP both ways between film and English sound, on validation"
 
 def choose_dubs(
-    metrics:dict, # of `dub_trials` on the validation set
+    metrics:dict, # of `dub_trials` on the validation set, its "metrics"
 )->float:         # 0 to 1
     "The figure that the best checkpoint maximises."
     return sum(metrics[f"val/en/{way}/class_mAP"]["value"] for way in ("a2v", "v2a"))/2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELD_OUT', 'METHODS', 'Method', 'spread', 'GroundingMethod', 'DubMethod', 'method_of']
 
-# %% ../nbs/42_methods.ipynb #766bab95
+# %% ../nbs/42_methods.ipynb #2aefc09a
 from functools import cached_property
 
 from fastcore.basics import patch
@@ -15,7 +15,7 @@ from .checkpoints import build_model
 from .core import seed_everything, settings
 from .groups import split
 from .counterfactuals import Counterfactuals
-from .dub_trials import DUB_RULE, choose_dubs, dub_sets, dub_trials, film_and_sound, other_sound
+from .dub_trials import DUB_RULE, choose_dubs, dub_sets, dub_trials, film_and_sound
 from .lssd import DualConfig
 from .objectives import Grounding, row_labels
 from .recipes import ModelConfig, Recipe
@@ -63,7 +63,7 @@ def spread(
     for r in rows: first.setdefault(groups[r], []).append(int(r))
     return [r for k in range(max(map(len, first.values()), default=0)) for rs in first.values() for r in rs[k:k+1]][:n]
 
-# %% ../nbs/42_methods.ipynb #dd4b007c
+# %% ../nbs/42_methods.ipynb #09a7fb17
 @patch
 def validate(self:Method, model, device, step:int)->dict|None:
     "A line of val.jsonl: the toy's questions, or retrieval on what is held out; None where nothing is."
@@ -76,16 +76,16 @@ def validate(self:Method, model, device, step:int)->dict|None:
     return {"step": step, "value": value, "rule": rule, **{k: v["value"] for k, v in metrics.items()}}
 
 @patch
-def test(self:Method, model, device, n:int=1000)->tuple:
+def test(self:Method, model, device, n:int=1000, before=None)->tuple:
     "What results.json holds of a run (metrics, baselines, items), and in words what was asked."
-    if self.toy: return self.test_toy(model, device)
+    if self.toy: return self.test_toy(model, device, before)
     part, rows = ("test", self.test_rows) if len(self.test_rows) > 1 else ("val", self.val_rows)
     if len(rows) < 2: return {"metrics": {}, "baselines": {}}, "none: nothing was held out"
     chosen = spread(rows, self.store["group"][:], n)
     said = f"exact-pair retrieval on {len(chosen)} of {len(rows)} segments of the {part} share" + (", which also chose the checkpoint" if part == "val" else "")
     return {"metrics": self.retrieve(model, chosen, device), "baselines": {"random": retrieval_chance(len(chosen))}}, said
 
-# %% ../nbs/42_methods.ipynb #09b37869
+# %% ../nbs/42_methods.ipynb #b68a744b
 class GroundingMethod(Method):
     "Dense grounding: one frame and its sound, tokens, where."
     towers = ("audio", "image")  # of the model; a pretrained one may be frozen at first
@@ -117,7 +117,7 @@ class GroundingMethod(Method):
         metrics = grounding_trials(model, questions(self.recipe), self.recipe.view, device, baselines=False)["metrics"]
         return metrics, choose_by(metrics), RULE
 
-    def test_toy(self, model, device)->tuple:
+    def test_toy(self, model, device, before=None)->tuple:
         return grounding_trials(model, questions(self.recipe, "test"), self.recipe.view, device), "toy: five sets of questions, test videos (32_trials)"
 
     def draw(self, model, folder, step:int, n:int)->list:
@@ -126,7 +126,7 @@ class GroundingMethod(Method):
         if self.toy: store = questions(self.recipe)["loc"]; rows = range(len(store))
         return draw_snapshots(model, store, rows, self.recipe.view, folder, step, n)
 
-# %% ../nbs/42_methods.ipynb #20ecee8b
+# %% ../nbs/42_methods.ipynb #1a5332dc
 class DubMethod(Method):
     "LSSD: two looks and two hearings of a scene, vectors, the same or not."
     towers = ("video", "audio")
@@ -155,15 +155,14 @@ class DubMethod(Method):
     def sets(self, part:str)->dict: return dub_sets(settings().data, part, self.recipe.store, share=min(1., self.recipe.data.videos/150))
 
     def ask_toy(self, model, device)->tuple:
-        metrics = dub_trials(model, self.sets("val"), self.recipe.view, device)
+        metrics = dub_trials(model, self.sets("val"), self.recipe.view, device)["metrics"]
         return metrics, choose_dubs(metrics), DUB_RULE
 
-    def test_toy(self, model, device)->tuple:
-        "Beside the run's figures those of the same towers untrained, a strong rule on easy sounds, and of each film with another scene's sound."
-        sets, view = self.sets("test"), self.recipe.view
+    def test_toy(self, model, device, before=None)->tuple:
+        "Beside the run's figures those of the same towers untrained (strong on easy sounds), of each film with another scene's sound, and of the run that this one began with."
         seed_everything(self.recipe.seed)
-        rules = {"random init": dub_trials(self.model().to(device), sets, view, device), "other sound": other_sound(model, sets["test"], view, device)}
-        return {"metrics": dub_trials(model, sets, view, device), "baselines": rules}, "toy: scenes in six languages, one of them and all voices unseen (33_dub_trials)"
+        others = {"random init": self.model()} | ({f"before ({before.recipe.variant})": before} if before is not None else {})
+        return dub_trials(model, self.sets("test"), self.recipe.view, device, {rule: other.to(device) for rule, other in others.items()}), "toy: scenes in six languages, one of them and all voices unseen (33_dub_trials)"
 
     def draw(self, model, folder, step:int, n:int)->list: return []  # a vector has no place to draw
 

@@ -136,7 +136,7 @@ def load_lssd(
     model.lssd = config
     return model
 
-# %% ../nbs/40_published.ipynb #27d52a9e
+# %% ../nbs/40_published.ipynb #3f088c27
 def save_lssd(
     model:DualEncoder,    # with MViT towers of one size
     folder:str|Path,      # made if missing
@@ -148,7 +148,8 @@ def save_lssd(
     if not all(isinstance(t, MViT) for t in towers): raise ValueError(f"save_lssd: towers {[t.spec()['kind'] for t in towers]}; the published format holds MViTs only. Use `save_pretrained`.")
     size, overlap = weights_size({name: value.shape for name, value in model.video.state_dict().items()})
     if (model.video.config, model.audio.config) != (video_config(size, overlap), audio_config(size, overlap)): raise ValueError(f"save_lssd: the towers are not both of size {size}; the published format knows whole sizes only.")
-    told = deepcopy(DEFAULTS)
+    told, made = deepcopy(DEFAULTS), model.video.size
+    told["VIDEO"] |= dict(N_FRAMES=made[0], CROP_SIZE=made[1], CROP_SCALES=[round(made[1]*n/224) for n in (256, 320)])  # of S and B, as published
     for name, value in _names(config or getattr(model, "lssd", None) or {}, "save_lssd").items(): _set(told, name, value, "save_lssd")
     told["MVIT"] = dict(SIZE=size, PATCH_OVERLAP=overlap); told["TEST"]["CHECKPOINT_FILE_PATH"] = "checkpoint.pt"
     told["AUDIO"] = {k: v for k, v in told["AUDIO"].items() if v is not None}

@@ -98,7 +98,7 @@ def head_names(
     if told is None or told["lo"] <= found["baselines"]["together"]["heads/AP-dis"]["value"]: return ("head 1", "head 2")
     return ("speech", "sound") if found["metrics"]["heads/AP-dis/speech_head"]["value"] == 0 else ("sound", "speech")
 
-# %% ../nbs/43_results.ipynb #0859e455
+# %% ../nbs/43_results.ipynb #f4e0c204
 def write_items(
     folder:str|Path, # the run folder
     items:list,      # dicts of `grounding_trials`
@@ -127,6 +127,7 @@ def item_values(
     items, out = read_items(folder), {}
     for kind, rows in (items.groupby("kind", sort=False) if len(items) else ()):
         if kind in ("ret", "muted"): out |= {f"{kind}/{way}/R@{k}": (rows[f"rank_{way}"] <= k).astype(float).tolist() for way in ("a2v", "v2a") for k in (1, 5, 10)}
+        elif kind == "dubs": out |= {name: rows[name].tolist() for name in rows.select_dtypes("number")} # of a run with dubs, whose items are named as its figures
         else: out |= {f"{kind}/{name}": rows[column].astype(float).tolist() for name, column in (("pointing", "hit"), ("right_object", "right_object"), ("area_iou", "area_iou"))}
     return out
 

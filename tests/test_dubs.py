@@ -12,11 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from avnb.batches import loader
+from avnb.core import write_atomic, write_json
+from avnb.dub_study import ASKED, FIGURES, criteria, criteria_table, differences_table, paired, study, study_recipes
 from avnb.groups import VideoSampler
 from avnb.media import write_video
+from avnb.recipes import to_dict
+from avnb.results import write_items
 from avnb.rows import StoreConfig
 from avnb.store import open_store, prepare
-from avnb.batches import loader
+from avnb.sweeps import sweep
+from avnb.toy import make_toy
 from avnb.tracksets import DubDataset, DubView, dub_counts
 
 TITLES = st.lists(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=1, max_size=12), min_size=2, max_size=8)
@@ -148,3 +154,71 @@ def test_two_processes_give_the_loss_of_one(tmp_path, mixing):
     one, two = found
     assert one.keys() == two.keys() and len([k for k in one if k.startswith("grad")]) == 3
     for k, v in one.items(): assert (v - two[k]).norm() <= 1e-6 * max(float(v.norm()), 1e-6), k
+
+
+def test_settings_of_the_study_differ_in_the_second_hearing_alone(tmp_path):
+    torch.set_num_threads(1)
+    made, batches = {k.partition(",")[0]: r for k, r in study_recipes((3,), ("none", "dub", "control", "nospeech")).items()}, {}
+    for setting, r in made.items():
+        where = tmp_path / r.data.kind
+        if not where.exists(): prepare(make_toy(where, 2, kind=r.data.kind, workers=1), tmp_path / f"{r.data.kind}-store", recipe=replace(r.store, workers=0))
+        clips = DubDataset(open_store(tmp_path / f"{r.data.kind}-store"), None, r.view, seed=r.seed)
+        batches[setting] = list(loader(clips, VideoSampler(clips.groups, 2, seed=r.seed), workers=0))
+    for none, dub, control, nospeech in zip(*(batches[k] for k in made), strict=True):
+        for other in (dub, control, nospeech): assert torch.equal(none["row"], other["row"]) and torch.equal(none["video"], other["video"])
+        for other in (dub, control):
+            assert torch.equal(none["audio"][:, 0], other["audio"][:, 0]), "the first hearing is the same"
+            assert other["dubbed"].all() and (none["audio"][:, 1] - other["audio"][:, 1]).abs().flatten(1).mean(1).gt(3).all(), "the second one says something else"
+        assert not none["dubbed"].any() and not nospeech["dubbed"].any()
+        assert {x for pair in none["language"] + control["language"] for x in pair} == {"en"} and all(a == "en" != b for a, b in dub["language"])
+
+
+NUMBERS = st.lists(st.tuples(st.floats(.01, 1), st.floats(.01, 1)), min_size=1, max_size=5)
+
+
+@pytest.mark.quick
+@settings(deadline=None, max_examples=100)
+@given(same=NUMBERS, far=NUMBERS, sound=NUMBERS, n=st.integers(1, 5))
+def test_criteria_are_what_they_say(same, far, sound, n):
+    held = {k: [x[i % len(x)] for i in range(n)] for k, x in zip((k for k, *_ in ASKED), (same, far, sound), strict=True)}
+    none, dub = ({k: [pair[j] for pair in x] for k, x in held.items()} for j in (0, 1))
+    (a, b), (c, d), (e, f) = ((sum(none[k]) / n, sum(dub[k]) / n) for k, *_ in ASKED)
+    want = [b >= 1.5 * a, d <= .65 * c, f - e >= .05 and all(y > x for x, y in zip(none[ASKED[2][0]], dub[ASKED[2][0]], strict=True))]
+    close = [abs(b / a - 1.5), abs(d / c - .65), abs(f - e - .05)]
+    assert all(x["holds"] == w for x, w, gap in zip(criteria(none, dub), want, close, strict=True) if gap > 1e-9)
+
+
+@pytest.mark.quick
+@settings(deadline=None, max_examples=30)
+@given(g=st.integers(0, 10**6).map(np.random.default_rng), seeds=st.integers(2, 4), n=st.integers(2, 20))
+def test_a_paired_difference_forgets_what_both_share(g, seeds, n):
+    scene, gain = g.normal(size=(seeds, n)), g.normal(size=(1, n)) * .1
+    of = paired((scene + gain).mean(1), scene.mean(1), list(scene + gain), list(scene))
+    assert abs(of["mean"] - gain.mean()) < 1e-4 and of["hi"] - of["lo"] < 1e-3, "seeds differ, their differences do not"
+    assert gain.min() - 1e-4 <= of["clips"]["lo"] <= of["clips"]["hi"] <= gain.max() + 1e-4
+    assert paired([0.], [1.], [None], [scene[0]])["clips"] is None
+
+
+def finished(out, made, values):
+    "Run folders as training leaves them: `values` {run: sound class}, everything else one half."
+    for name, x in values.items():
+        answers = {k: [.5] * 4 for k in FIGURES} | {"probe/class/ja": [x] * 4}
+        found = {k: {"value": float(np.mean(v)), "lo": 0, "hi": 1, "n": 4} for k, v in answers.items()}
+        write_json(out / name / "recipe.json", to_dict(made[name]))
+        write_items(out / name, [{"kind": "dubs", "id": str(i), **{k: v[i] for k, v in answers.items()}} for i in range(4)])
+        write_json(out / name / "results.json", {"format": 1, "checkpoint": 220, "protocol": "made up", "metrics": found, "baselines": {"random init": found}})
+        write_atomic(out / name / "metrics.jsonl", '{"step": 220, "cpu_s": 1.0}\n')
+    sweep({name: made[name] for name in values}, out, command="made up")
+    return study(out)
+
+
+@pytest.mark.quick
+def test_a_study_pairs_the_seeds_that_both_settings_have(tmp_path):
+    made = study_recipes((0, 1, 2)) | study_recipes((1,), ("none", "dub"), ("mvit-toy",))
+    values = {"none,seed=0": .1, "none,seed=1": .2, "none,seed=2": .3, "dub,seed=2": .9, "dub,seed=1": .6, "none+mvit-toy,seed=1": .4, "dub+mvit-toy,seed=1": .42}
+    found = finished(tmp_path / "part", made, values)
+    assert found["differences"]["dub - none"]["probe/class/ja"]["mean"] == pytest.approx(.5) and found["settings"]["none"]["figures"]["probe/class/ja"] == [.1, .2, .3]
+    assert found["differences"]["dub - none"]["probe/class/ja"]["clips"] == {"lo": .5, "hi": .5, "n": 4}
+    assert [c["by_seed"] for c in found["criteria"]["toy"]][2] == [.4, .6] and [c["by_seed"] for c in found["criteria"]["mvit-toy"]][2] == [.02]
+    assert "dub - control" not in found["differences"] and len(criteria_table(found)) == 6 and len(differences_table(found)) == 2 * len(FIGURES)
+    assert len(finished(tmp_path / "one", made, {"none,seed=0": .3})["criteria"]) == 0

@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from avnb.extraction import extract, postprocess
-from avnb.media import write_video
+from avnb.inference import extract, postprocess
+from avnb.media import VideoWriter, decode_audio, decode_frames, write_video
 from avnb.windows import video_plan, video_windows
 
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 FILES = [f"{k}/{k}.{end}" for k in ("video", "audio") for end in ("pt", "safetensors")] + ["video/metadata.json", "audio/metadata.json"]
 
 
@@ -55,7 +57,21 @@ e.extract(Coarse(), sys.argv[2], sys.argv[3], batch_size=3, part=(i, n))
 
 def child(src, out, delay=0.1, part=(0, 1)):
     return subprocess.Popen([sys.executable, "-c", CHILD, str(Path(__file__).parent), str(src), str(out), str(delay), *map(str, part)],
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+                            env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+
+
+def papermill(cwd, *args):
+    "Execute infer.ipynb as a person would; (process, executed notebook)."
+    (cwd / "settings.ini").write_text("[paths]\ndata = data\nfigures = figures\nruns = data/runs\n[run]\ndevice = cpu\n")
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--no-log-output", str(ROOT / "nbs/infer.ipynb"), "out.ipynb", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=900), cwd / "out.ipynb"
+
+
+def shown(notebook):
+    "All text that an executed notebook shows."
+    outs = [o for c in json.loads(notebook.read_text())["cells"] for o in c.get("outputs", [])]
+    assert not [o for o in outs if o["output_type"] == "error"]
+    return "\n".join("".join(o.get("text", "") or o.get("data", {}).get("text/plain", "")) for o in outs)
 
 
 def scene(path, dur_s, languages=("en",), seed=0):
@@ -160,7 +176,7 @@ def test_any_file(tmp_path):
     done = extract(Coarse(), src, tmp_path / "emb", batch_size=5)
     assert {Path(name).name for name, _ in done.broken} == {"l.mp4", "m.wav", "n.avi"} and done.files == 14
     video, sounds = (dict(postprocess(done.folder, k)) for k in ("video", "audio"))
-    assert {Path(p).name for p in (*video, *sounds)} == good | {"k.mp4"} and list(sounds) == sorted(sounds)
+    assert {Path(p).name for p in (*video, *sounds)} == good | {"k.mp4"} and list(sounds) == sorted(sounds) and list(video) == sorted(video)
     assert {x.shape for x in video.values()} == {(1, 5, 768)} and {x.shape for p, x in sounds.items() if "k.mp4" not in p} == {(2, 768)}
     told = json.loads((done.folder / "audio" / "metadata.json").read_text())
     assert told["sample_rate"][0] == 22_050 and told["range"][1] == [pytest.approx(1.8), pytest.approx(4.8)]
@@ -174,6 +190,14 @@ def test_a_file_that_breaks_half_way_leaves_nothing_behind(tmp_path):
     with av.open(str(tmp_path / "in" / "b.mp4")) as c: at = [p.pos for p in c.demux(video=0) if p.size][200:260]
     data[at[0] : at[-1]] = bytes(at[-1] - at[0])
     (tmp_path / "in" / "b.mp4").write_bytes(data)
+    for k in "de":  # whole batches without one good picture
+        data = bytearray(scene(tmp_path / "in" / f"{k}.mp4", 7).read_bytes())
+        with av.open(str(tmp_path / "in" / f"{k}.mp4")) as c: first = next(p for p in c.demux(video=0) if p.size)
+        data[first.pos : first.pos + first.size] = bytes(first.size)
+        (tmp_path / "in" / f"{k}.mp4").write_bytes(data)
+    alone = extract(Coarse(), tmp_path / "in", tmp_path / "alone", batch_size=1, kinds=("video",))
+    assert len(alone.broken) == 3 and alone.windows == {"video": 4}
+    for k in "de": (tmp_path / "in" / f"{k}.mp4").unlink()
     done = extract(Coarse(), tmp_path / "in", tmp_path / "emb", batch_size=3, kinds=("video",))
     assert [Path(name).name for name, _ in done.broken] == ["b.mp4"] and [Path(p).name for p, _ in postprocess(done.folder)] == ["a.mp4", "c.mp4"]
     for i in (2, 0, 1): part = extract(Coarse(), tmp_path / "in", tmp_path / "parts", batch_size=3, kinds=("video",), part=(i, 3))
@@ -239,23 +263,115 @@ def test_packed_b_pictures_come_as_they_are_shown(tmp_path):
         assert np.abs(shown - pick).max() < 1.0 and (np.diff(shown) > 0).all()
 
 
-def test_the_authors_command_line(tmp_path):
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    "A checkpoint of size S in the authors' format, with random weights."
     from avnb.duals import DualEncoder
     from avnb.mvit import audio_tower, video_tower
     from avnb.published import save_lssd
 
+    torch.manual_seed(0)
+    return save_lssd(DualEncoder(video_tower("S"), audio_tower("S")), tmp_path_factory.mktemp("published") / "pretrained_models/B/3")
+
+
+def command(cwd, cfg, *words, **more):
+    "The authors' command line, in a process of its own."
+    return subprocess.Popen([sys.executable, "-m", "avnb.inference", "--cfg", str(cfg), *words], cwd=cwd, env=ENVIRONMENT | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_authors_command_line(tmp_path, published):
     (tmp_path / "sample_data").mkdir()
-    film(tmp_path / "sample_data" / "a.avi", "mpeg4", n=20)
+    film(tmp_path / "sample_data" / "v_GolfSwing_g02_c01.avi", "mpeg4", n=126)  # about 5 s, as in their example
     scene(tmp_path / "sample_data" / "sub" / "b.mp4", 1)
     sound(tmp_path / "sample_data" / "c.wav", 4, "pcm_s16le")
-    torch.manual_seed(0)
-    save_lssd(DualEncoder(video_tower("S"), audio_tower("S")), tmp_path / "B")
-    command = [sys.executable, "-m", "avnb.extraction", "--cfg", "B/config.yaml"]
-    run = lambda *words: subprocess.run([*command, *words], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    done = run("DATA.PATH_TO_DATA_DIR", "sample_data", "OUTPUT_DIR", "tmp")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [(p, tuple(x.shape)) for p, x in postprocess(tmp_path / "tmp")] == [("sample_data/a.avi", (1, 5, 768)), ("sample_data/sub/b.mp4", (1, 5, 768))]
+    run = command(tmp_path, published, "DATA.PATH_TO_DATA_DIR", "sample_data", "OUTPUT_DIR", "tmp")
+    said, warned = run.communicate()
+    assert run.returncode == 0 and "2 windows of audio" in said and "Warning" not in warned, warned[-2000:]
+    assert [(p, tuple(x.shape)) for p, x in postprocess(tmp_path / "tmp")] == [("sample_data/sub/b.mp4", (1, 5, 768)), ("sample_data/v_GolfSwing_g02_c01.avi", (2, 5, 768))]
     assert [(p, tuple(x.shape)) for p, x in postprocess(tmp_path / "tmp", "audio")] == [("sample_data/c.wav", (1, 768)), ("sample_data/sub/b.mp4", (1, 768))]
+    assert {p.name for p in (tmp_path / "tmp/video").iterdir()} == {"metadata.json", "video.pt", "video.safetensors"}
     assert torch.equal(load_file(tmp_path / "tmp/video/video.safetensors")["embeddings"], torch.load(tmp_path / "tmp/video/video.pt", weights_only=True))
-    refused = run("DATA.PATH_TO_DATA", "sample_data", "OUTPUT_DIR", "tmp")
-    assert refused.returncode and "did you mean 'DATA.PATH_TO_DATA_DIR'" in refused.stderr
+    runs = [command(tmp_path, published, "DATA.PATH_TO_DATA_DIR", "sample_data", "OUTPUT_DIR", "two", "TEST.BATCH_SIZE", "1", RANK=str(i), WORLD_SIZE="2") for i in range(2)]
+    assert [run.wait() for run in runs] == [0, 0] and len(postprocess(tmp_path / "two", "audio")) == 2
+    refused = command(tmp_path, published, "DATA.PATH_TO_DATA", "sample_data", "OUTPUT_DIR", "tmp")
+    assert "did you mean 'DATA.PATH_TO_DATA_DIR'" in refused.communicate()[1] and refused.returncode
+
+
+def test_infer_reads_a_config(tmp_path):
+    "`papermill nbs/infer.ipynb out.ipynb -p cfg .../config.yaml`, and a run of ours; toy towers."
+    from avnb.duals import DualEncoder, film_encoder, mel_encoder
+    from avnb.published import save_lssd
+
+    scene(tmp_path / "films/a.mp4", 7, ("en", "fr"))
+    (tmp_path / "films/b.mp4").write_bytes(b"no film")
+    torch.manual_seed(0)
+    save_lssd(DualEncoder(film_encoder("mvit-toy"), mel_encoder("mvit-toy")), tmp_path / "pretrained_models/B/3")
+    words = ("-p", "cfg", "pretrained_models/B/3/config.yaml", "-p", "input_dir", "films", "-p", "output_dir", "emb", "-y")
+    done, out = papermill(tmp_path, *words, "{overrides: {TEST.BATCH_SIZE: 4}}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 windows a batch" in shown(out) and "left out: films/b.mp4" in shown(out) and "eng x fra: one moment" in shown(out)
+    assert [(p, tuple(x.shape)) for k in ("video", "audio") for p, x in postprocess(tmp_path / "emb", k)] == [("films/a.mp4", (2, 5, 96)), ("films/a.mp4#eng", (2, 96)), ("films/a.mp4#fra", (2, 96))]
+    assert (tmp_path / "emb/likeness.png").is_file()
+    refused, _ = papermill(tmp_path, *words, "{overrides: {TEST.BATCH_SIZ: 4}}")
+    assert refused.returncode == 1 and "did you mean 'TEST.BATCH_SIZE'" in refused.stderr
+    DualEncoder(film_encoder(), mel_encoder()).save_pretrained(tmp_path / "run")
+    done, out = papermill(tmp_path, "-p", "checkpoint", "run", "-p", "input_dir", "films", "-p", "kinds", "audio", "-p", "tracks", "fra")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(p, tuple(x.shape)) for p, x in postprocess(tmp_path / "run/embeddings", "audio")] == [("films/a.mp4#fra", (2, 128))]
+
+
+def narrated(path, seconds=60):
+    "The start of Big Buck Bunny, told in English and in German over the film's own sound."
+    from avnb.real import fetch_bbb
+    from avnb.voices import bank
+
+    film = fetch_bbb(ROOT / "data/bbb")
+    own, tracks = decode_audio(film, 48_000, start_s=0, dur_s=seconds), {}
+    for language in ("en", "de"):
+        said = [u for some in bank(language).values() for u in some if u.voice == "f1"]
+        voice, at = torch.zeros(seconds * 22_050), 5_000
+        for u in said:
+            if at + len(u.sound) > len(voice): break
+            voice[at : at + len(u.sound)] = torch.from_numpy(u.sound)
+            at += len(u.sound) + 12_000
+        voice = torch.nn.functional.interpolate(voice[None, None], seconds * 48_000, mode="linear")[0, 0]
+        tracks[language] = (0.5 * own + voice).clamp(-1, 1)
+    with VideoWriter(path, (720, 1280), 24, tracks) as w:
+        for a in range(0, seconds, 4):
+            for f in decode_frames(film, torch.arange(a * 24, (a + 4) * 24) / 24 + 1e-3)[0]: w.add(f)
+    return path
+
+
+@pytest.mark.soak
+def test_a_real_film(tmp_path, published):
+    "60 s of a film with two languages at size S: by notebook, struck down and started again, by two processes."
+    (tmp_path / "films").mkdir()
+    narrated(tmp_path / "films/bbb.mp4")
+    words = lambda out: ("DATA.PATH_TO_DATA_DIR", "films", "OUTPUT_DIR", out, "TEST.BATCH_SIZE", "4")
+    started = time.time()
+    done, out = papermill(tmp_path, "-p", "cfg", published, "-p", "input_dir", "films", "-p", "output_dir", "whole", "-p", "precision", "no", "-y", "{overrides: {TEST.BATCH_SIZE: 4}}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(f"whole: {time.time() - started:.0f} s", shown(out), sep="\n")
+    assert [(p, tuple(x.shape)) for k in ("video", "audio") for p, x in postprocess(tmp_path / "whole", k)] == \
+        [("films/bbb.mp4", (20, 5, 768)), ("films/bbb.mp4#eng", (20, 768)), ("films/bbb.mp4#deu", (20, 768))]
+    ranges = json.loads((tmp_path / "whole/video/metadata.json").read_text())["range"]
+    assert ranges[0] == [0, 3] and ranges[19] == [pytest.approx(1439 / 24 - 3), pytest.approx(1439 / 24)]
+    batches = lambda folder: sorted(p.name for p in (tmp_path / folder / ".parts").rglob("*.safetensors"))
+    run = command(tmp_path, published, *words("killed"))
+    try:
+        while len(batches("killed")) < 2 and run.poll() is None: time.sleep(0.05)
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    there = batches("killed")
+    assert 2 <= len(there) < 15 and not (tmp_path / "killed/video").exists()
+    print("killed after", there)
+    again = command(tmp_path, published, *words("killed"))
+    while len(batches("killed")) < len(there) + 1 and again.poll() is None: time.sleep(0.05)
+    assert len(list((tmp_path / "killed/.parts").iterdir())) == 1  # it goes on with those that are there
+    assert again.wait() == 0
+    same(tmp_path / "whole", tmp_path / "killed")
+    both = [command(tmp_path, published, *words("both"), RANK=str(i), WORLD_SIZE="2") for i in range(2)]
+    print("two processes:", *(run.communicate()[0] for run in both), sep="\n")
+    assert [run.returncode for run in both] == [0, 0]
+    same(tmp_path / "whole", tmp_path / "both")

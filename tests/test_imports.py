@@ -29,7 +29,9 @@ PUBLIC = {
     "recipes": "recipe variants",
     "checkpoints": "load_run",
     "training": "fit",
-    "inference": "heat_map",
+    "inference": "extract postprocess heat_map heat_videos main",
+    "probes": "linear_probe knn_probe hear_probe",
+    "hear": "load_model get_scene_embeddings get_timestamp_embeddings",
     "viz": "show_heat heat_video save_figure",
 }
 

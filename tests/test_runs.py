@@ -25,7 +25,7 @@ from avnb.training import fit, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {p.stem: p for p in sorted((ROOT / "nbs").glob("*.ipynb")) if re.match(r"(train|infer|probe|dub|bench|study_|browse_)", p.name)}
-EXPECTED = {"train": "variant scale data name out steps save_every seed overrides force_new training model visualization wandb quick", "infer": "checkpoint input_dir output_dir quick", "bench": "quick"}
+EXPECTED = {"train": "variant scale data name out steps save_every seed init overrides force_new training model visualization wandb quick", "infer": "checkpoint cfg overrides input_dir output_dir tracks kinds precision quick", "bench": "quick"}
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "WANDB_SILENT": "true"}
 TINY = {"train.batch_size": 6, "train.val_every": 12, "train.log_every": 1, "store.fps": 2}
 STEPS = 24
@@ -236,6 +236,27 @@ def test_published_towers_take_a_step_offline(toy, tmp_path, monkeypatch):
         assert tokens.shape == (1, 49, 512) and keep.all()
         assert model.embed_image(torch.zeros(1, 3, 224, 224)).shape == (1, 256, 512)
     finally: shutil.rmtree(tmp_path / "run", ignore_errors=True)  # over a GB
+
+
+@pytest.mark.soak
+def test_the_published_dub_variant_takes_a_step(tmp_path):
+    "B.5 at the size of the paper, two scenes, two looks and two hearings each, gradient checkpointing on; from random weights, as two steps of B.3 first would say no more."
+    cwd = workplace(tmp_path)
+    make_toy(tmp_path / "films", 2, kind="dubs", languages=("en", "fr"), workers=2)
+    overrides = {"train.batch_size": 2, "train.precision": "no", "data.shares": [1.0, 0.0, 0.0], "store.workers": 0}
+    made = recipe("B5", scale="published", data=tmp_path / "films", overrides=overrides)
+    assert (made.model.video, made.model.audio, made.model.checkpoint, made.view.size, made.view.frames) == ("mvit-S", "mvit-S", True, 224, 16) and made.view.dub_augment
+    try:
+        args = ["--variant", "B5", "--scale", "published", "--data", tmp_path / "films", "--out", tmp_path / "run", "--init", "random", "--steps", 1, "--overrides", json.dumps(overrides)]
+        done = subprocess.run([sys.executable, "-m", "avnb.training", *map(str, args)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (line,) = read_lines(tmp_path / "run/metrics.jsonl")
+        assert line["step"] == 1 and np.isfinite([line[k] for k in ("loss", "grad_norm", "cross_sp", "cross_ps", "video", "audio")]).all() and line["grad_norm"] > 0 and line["skipped"] == 0
+        assert f"{line['memory_mb']:,} MB" in done.stdout
+        print(done.stdout.splitlines()[-1])
+        model = load_run(tmp_path / "run")
+        assert 68e6 < sum(p.numel() for t in (model.video, model.audio) for p in t.parameters()) < 69e6
+    finally: shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
 # ---- folders as people have them ----
