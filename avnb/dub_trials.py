@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETS', 'DUB_RULE', 'dub_sets', 'Scenes', 'embed_scenes', 'centred', 'same_scene', 'distance_ratio', 'probe', 'across',
-           'with_other_sound', 'readings', 'dub_trials', 'film_and_sound', 'by_language', 'choose_dubs']
+           'with_other_sound', 'readings', 'dub_trials', 'film_and_sound', 'choose_dubs']
 
 # %% ../nbs/33_dub_trials.ipynb #8f11440a
 from dataclasses import dataclass, replace
@@ -187,20 +187,6 @@ def film_and_sound(
     model.train(was)
     scores = torch.cat(found["video"]) @ torch.cat(found["audio"]).T
     return {f"{way}/R@1": with_interval((ranks(x)[0] <= 1).float()) for way, x in (("v2a", scores), ("a2v", scores.T))}
-
-# %% ../nbs/33_dub_trials.ipynb #172330f3
-def by_language(
-    results:dict, # of `dub_trials`, or what results.json holds
-):                # a pandas DataFrame: one row a language
-    "Retrieval between film and sound in each language, beside chance and the same towers untrained."
-    import pandas as pd
-    m, fresh = results["metrics"], results["baselines"].get("random init", {})
-    show = lambda v: f"{v['value']:.3f} [{v['lo']:.2f}, {v['hi']:.2f}]"
-    rows = {}
-    for language in dict.fromkeys(k.split("/")[0] for k in m if k.endswith("/class_mAP")):
-        of = {name: f"{language}/{k}" for name, k in (("film from sound, R@1", "a2v/R@1"), ("sound from film, R@1", "v2a/R@1"), ("class, mAP", "a2v/class_mAP"))}
-        rows[language] = {name: show(m[k]) for name, k in of.items()} | {"chance R@1": f"{1/m[of['class, mAP']]['n']:.3f}"} | ({"untrained, mAP": show(fresh[of["class, mAP"]])} if fresh else {})
-    return pd.DataFrame.from_dict(rows, orient="index")
 
 # %% ../nbs/33_dub_trials.ipynb #8b99bcd8
 DUB_RULE = "mean class mAP both ways between film and English sound, on validation"

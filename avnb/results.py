@@ -6,14 +6,14 @@
 __all__ = ['CONTRASTS', 'measure', 'points', 'versions', 'looks_typed', 'command_of', 'contrasts', 'head_names', 'write_items',
            'read_items', 'item_values', 'table', 'snapshots', 'unnormalise', 'as_markdown', 'publish', 'as_run', 'main']
 
-# %% ../nbs/43_results.ipynb #f31ff9f0
+# %% ../nbs/43_results.ipynb #21f99d17
 import argparse, math, platform, shlex, sys
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from .checkpoints import Run, best_step, checkpoints, load_run
+from .checkpoints import Run, began_with, best_step, checkpoints, load_run
 from .core import FORMAT, device as pick_device, read_json, settings, write_atomic, write_json
 from .lssd import DualConfig
 from .methods import method_of
@@ -22,7 +22,7 @@ from .sources import find_store, questions
 from .trials import Tokens, asked, embed_set, heat_maps
 from .viz import save_figure, snapshot_row
 
-# %% ../nbs/43_results.ipynb #8b1175a0
+# %% ../nbs/43_results.ipynb #5f12aa3e
 def measure(
     run:Run,                # a finished run
     which:str="best",       # checkpoint: "best" by validation | "last"
@@ -31,7 +31,7 @@ def measure(
     "Test a run's checkpoint and write results.json: the toy's questions, or retrieval on held-out groups of a person's own videos."
     r, model, device = run.recipe, run.model(which), pick_device(settings().device)
     model = model.to(device)
-    found, protocol = method_of(r, None if r.data.source is None else find_store(r)).test(model, device)
+    found, protocol = method_of(r, None if r.data.source is None else find_store(r)).test(model, device, before=began_with(run.path))
     out = {"format": FORMAT, "run": run.path.name, "checkpoint": model.step, "which": which, "protocol": protocol, **found, "versions": versions(), "command": command}
     items = out.pop("items", [])
     if items: write_items(run.path, items)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FPS', 'SIZE', 'EDITION', 'KINDS', 'PLACE_HEARD', 'plan', 'draw', 'sound', 'make_toy', 'main']
 
-# %% ../nbs/10_toy.ipynb #b3c90ce3
+# %% ../nbs/10_toy.ipynb #9f2bca4f
 import json, math, os, subprocess, sys, tempfile, time
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +198,10 @@ def _make_one(out:Path, i:int, seed:int, languages, kind:str, dur_s:float, mix, 
     np.savez_compressed(part, labels=labels, shot=number); os.replace(part, out/"truth"/f"{stem}.npz")
     write_json(out/"truth"/f"{stem}.json", _truth(stem, kind, shots, spans, said, made))
 
-# %% ../nbs/10_toy.ipynb #df26a53f
+# %% ../nbs/10_toy.ipynb #c662ef1e
+@cache
+def _spoken(): return tempfile.TemporaryDirectory(prefix="avnb_voices_") # what voices say, made once for all corpora of a process, and gone with it
+
 def make_toy(
     out:str|Path,                                    # folder for the mp4 files; `truth/` goes beside them
     n_videos:int,                                    # how many
@@ -221,11 +225,11 @@ def make_toy(
     todo = [i for i in range(n_videos) if not _is_made(out, i, seed, languages, kind, dur_s, mix)]
     if not todo: return out
     n_workers = workers or (os.cpu_count() if len(todo) >= 8 else 1)
-    with tempfile.TemporaryDirectory() as keep:
-        banks = {lang: bank(lang, Path(keep)) for lang in languages}
-        if n_workers == 1:
-            for i in tqdm(todo, f"toy {kind}", unit="video", delay=5): _make_one(out, i, seed, languages, kind, dur_s, mix, banks)
-        else: _spread(out, todo, n_workers, [seed, list(languages), kind, dur_s, mix and asdict(mix), keep])
+    keep = _spoken().name
+    banks = {lang: bank(lang, Path(keep)) for lang in languages}
+    if n_workers == 1:
+        for i in tqdm(todo, f"toy {kind}", unit="video", delay=5): _make_one(out, i, seed, languages, kind, dur_s, mix, banks)
+    else: _spread(out, todo, n_workers, [seed, list(languages), kind, dur_s, mix and asdict(mix), keep])
     return out
 
 # %% ../nbs/10_toy.ipynb #b90f6869

@@ -72,7 +72,7 @@ class _Speaker:
         self.lib.espeak_Synchronize()
         return np.concatenate(self.parts).astype(np.float32) / 32768, self.words[-1] if self.words else 0.
 
-# %% ../nbs/09_voices.ipynb #2a46d933
+# %% ../nbs/09_voices.ipynb #7bbd78a6
 def _trim(sound:np.ndarray, word_s:float, rate_hz:int):
     "Cut what is 40 dB below the loudest at both ends, scale to a common level, and move the word's time along."
     loud = np.flatnonzero(np.abs(sound) > .01 * np.abs(sound).max())
@@ -100,8 +100,10 @@ def bank(
     with tempfile.TemporaryDirectory() as d:
         file = Path(keep or d)/f"{lang}.npz"
         if not file.exists():
-            done = subprocess.run([sys.executable, "-m", "avnb.voices", lang, str(file)], capture_output=True, text=True)
+            part = file.with_name(f".{os.getpid()}_{file.name}")
+            done = subprocess.run([sys.executable, "-m", "avnb.voices", lang, str(part)], capture_output=True, text=True)
             if done.returncode: raise RuntimeError(f"eSpeak NG failed for {lang!r}: {done.stderr.strip()[-400:]}")
+            os.replace(part, file)
         with np.load(file, allow_pickle=False) as z: rows, ends, sound = z["rows"], z["sizes"].cumsum(), z["sound"]
     out = {}
     for (word, text, voice, word_s, rate_hz), part in zip(rows, np.split(sound, ends[:-1]), strict=True):
