@@ -165,7 +165,7 @@ def unnormalise(t:Tokens, view)->torch.Tensor:
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (view.mean, view.std))
     return (t.frames*std + mean).clamp(0, 1)
 
-# %% ../nbs/43_results.ipynb #60c06fa6
+# %% ../nbs/43_results.ipynb #663aa571
 def as_markdown(
     results:dict|str|Path,  # of `measure`, or the path of a results.json
     names:dict,             # {figure: what a person calls it}
@@ -179,10 +179,14 @@ def as_markdown(
 def publish(
     run:str|Path,        # a run folder with results.json
 )->Path:                 # the results file that index.ipynb reads
-    "Copy a run's results and draw its fixed samples into the figures folder."
+    "Copy a run's results into the figures folder, and draw its fixed samples there; figures of a run that has no places are those of its notebook."
     run, model = Path(run), load_run(run)
     results = read_json(run/"results.json")
     kept = Run(run, model.recipe, model.step, None)
+    if not points(model.recipe):
+        for file in (f for f in sorted(run.iterdir()) if f.suffix == ".png" or f.suffix == ".txt" and f.with_suffix(".png").is_file()):
+            write_atomic(settings().figures/f"{run.name}_{file.name}", file.read_bytes())
+        return write_json(settings().figures/f"{run.name}.json", results)
     for kind, caption in (("loc", "Which of three objects sounds? Toy test clips, red is where the model hears it."), ("speech", "Which object does an unseen voice name? Toy test clips.")):
         save_figure(snapshots(kept, kind, n=6), f"{run.name}_{kind}", caption)
     return write_json(settings().figures/f"{run.name}.json", results)
