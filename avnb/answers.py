@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'FIGURES', 'Part', 'Items', 'array_of', 'fold_ids', 'gather', 'splits', 'ranked', 'figure_of', 'Answers',
-           'each_item', 'resampled', 'baselines', 'results', 'difference', 'rows', 'frequencies', 'ask']
+           'figure_for', 'questions', 'each_item', 'resampled', 'baselines', 'results', 'difference', 'rows',
+           'frequencies', 'ask']
 
 # %% ../nbs/51_answers.ipynb #22429bdd
 from dataclasses import dataclass
@@ -208,13 +209,20 @@ class Answers:
 
     def __repr__(self): return f"Answers({self.probe}, {self.task}: {len(self.ids)} items, {len(self.scores)} seed(s))"
 
-# %% ../nbs/51_answers.ipynb #7877d4b0
-def _figure(task:str, figure:str|None)->str:
+# %% ../nbs/51_answers.ipynb #6c1a9136
+def figure_for(task:str, figure:str|None)->str:
+    "The figure of a task, its own for None; ValueError for one that it has not."
     figure = figure or TASKS[task]
     if figure not in FIGURES or (figure == "MSE") != (task == "value") or (figure == "top1" and task == "labels"):
         raise ValueError(f"figure={figure!r} is not one of task {task!r}; {nearest(figure, FIGURES)}")
     return figure
 
+def questions(x, y, fold, task:str, figure:str|None)->tuple: # Items, and the figure
+    "What a probe is asked: from arrays, as `gather` takes them, or from Items."
+    items = x if isinstance(x, Items) else gather(x, y, fold, task=task)
+    return items, figure_for(items.task, figure)
+
+# %% ../nbs/51_answers.ipynb #e325f0df
 def each_item(
     a:Answers,
 )->np.ndarray:    # (seeds, n) right or wrong, 0 or 1; or squared error
@@ -242,13 +250,13 @@ def _interval(value:float, again:np.ndarray, n:int)->dict:
     lo, hi = np.quantile(again, (.025, .975))
     return {"value": round(float(value), 4), "lo": round(float(lo), 4), "hi": round(float(hi), 4), "n": n}
 
-# %% ../nbs/51_answers.ipynb #ebab044d
+# %% ../nbs/51_answers.ipynb #2c75920e
 def baselines(
     a:Answers,
     figure:str|None=None,
 )->dict: # {rule: {"value", "lo", "hi", "n"}}
     "What guesses reach on the same items."
-    figure = _figure(a.task, figure)
+    figure = figure_for(a.task, figure)
     if figure == "top1":
         at = np.arange(len(a.y))
         return {"majority": with_interval((a.prior.argmax(1) == a.y).astype(float)), "random": with_interval(a.prior[at, a.y])}
@@ -263,7 +271,7 @@ def results(
     figure:str|None=None, # None: the task's own
 )->dict:                  # {"metrics": {figure: {"value", "lo", "hi", "n"}}, "baselines": {rule: ...}}; with several seeds also "seed_sd"
     "A probe's figure, mean over seeds, with its 95 % bootstrap interval, beside guesses."
-    figure = _figure(a.task, figure)
+    figure = figure_for(a.task, figure)
     plain = figure in ("top1", "MSE")
     told = with_interval(each_item(a).mean(0)) if plain else _interval(*resampled(a, a.scores, figure), len(a.ids))
     if len(a.scores) > 1:
@@ -271,14 +279,14 @@ def results(
         told["seed_sd"] = round(float(np.std(seeds, ddof=1)), 4)
     return {"metrics": {figure: told}, "baselines": {rule: {figure: v} for rule, v in baselines(a, figure).items()}}
 
-# %% ../nbs/51_answers.ipynb #d1b420fd
+# %% ../nbs/51_answers.ipynb #97029ace
 def difference(
     a:Answers,
     b:Answers,            # to the same items
     figure:str|None=None,
 )->dict:                  # {"value", "lo", "hi", "n"}, a less b
     "How far two probes are apart, paired item by item."
-    figure = _figure(a.task, figure)
+    figure = figure_for(a.task, figure)
     if a.ids != b.ids or a.task != b.task: raise ValueError(f"difference: {a} and {b} did not answer the same items. Ask both with the same `ids` and folds.")
     if figure in ("top1", "MSE"): return with_interval(each_item(a).mean(0) - each_item(b).mean(0))
     (v, x), (w, y) = resampled(a, a.scores, figure), resampled(b, b.scores, figure) # the same draws

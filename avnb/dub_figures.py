@@ -109,7 +109,7 @@ def found_films(
         axes[row, 0].set_ylabel(f"{s.answers[i]['class']}\nrank {int(rank[i])} of {len(scores)}", fontsize=8, rotation=0, ha="right", va="center")
     return fig
 
-# %% ../nbs/44_dub_figures.ipynb #5077504b
+# %% ../nbs/44_dub_figures.ipynb #37532c1e
 def hears_dubs(
     recipe, # Recipe
 )->bool:
@@ -126,4 +126,4 @@ def scenes_of(
     store = method.sets("test")["test"]
     seed_everything(r.seed)
     models = {"untrained": method.model()} | ({} if began is None else {f"before: {began.recipe.variant}": began}) | {f"after: {r.variant}": run.model()}
-    return {title: embed_scenes(model.to(device).eval(), store, r.view, device) for title, model in models.items()}, store
+    return dict(zip(models, embed_scenes([model.to(device) for model in models.values()], store, r.view, device), strict=True)), store

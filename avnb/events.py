@@ -63,7 +63,7 @@ def onset_f(
     right, found, true = np.moveaxis(np.asarray(counts, dtype=np.float64).sum(-2), -1, 0)
     return np.where(found + true > 0, 2*right/np.maximum(found + true, 1), 1.)
 
-# %% ../nbs/51_events.ipynb #ede7d3e7
+# %% ../nbs/51_events.ipynb #9e4c2c08
 @dataclass(frozen=True)
 class EventAnswers:
     "What an event probe found in n files, for each seed."
@@ -88,7 +88,7 @@ def onset_results(
         return {"value": round(v, 4), "lo": round(lo, 4), "hi": round(hi, 4), "n": len(a.ids)}
     out = told(a.counts)
     if len(a.counts) > 1: out["seed_sd"] = round(float(onset_f(a.counts).std(ddof=1)), 4)
-    return {"metrics": {name: out}, "baselines": {"random": {name: told(a.random)}, "nothing": {name: {"value": 0., "lo": 0., "hi": 0., "n": len(a.ids)}}}}
+    return {"metrics": {name: out}, "baselines": {"random": {name: told(a.random)}}}
 
 def scattered(
     learnt:list,       # events of each file that was learnt from

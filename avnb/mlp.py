@@ -6,7 +6,7 @@
 __all__ = ['MLPConfig', 'MLP', 'grid_points', 'Trained', 'train_mlp', 'by_mlp', 'hear_probe', 'log_loss', 'Recordings',
            'event_probe']
 
-# %% ../nbs/51_mlp.ipynb #15f770fe
+# %% ../nbs/51_mlp.ipynb #90d14b54
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .answers import TASKS, Answers, Items, array_of, ask, figure_of, fold_ids, gather, splits
+from .answers import Answers, array_of, ask, figure_of, fold_ids, questions, splits
 from .events import EventAnswers, events_of, labels_at, onset_counts, onset_f, scattered
 
 # %% ../nbs/51_mlp.ipynb #2cdf2259
@@ -123,7 +123,7 @@ def train_mlp(
     net.load_state_dict(best); net.eval()
     return now
 
-# %% ../nbs/51_mlp.ipynb #f4352767
+# %% ../nbs/51_mlp.ipynb #70993ecf
 def by_mlp(
     config:MLPConfig,
     figure:str,  # that chooses
@@ -152,8 +152,8 @@ def hear_probe(
     device="cpu",
 )->Answers:
     "HEAR's probe: a small network, its settings searched on the first split."
-    items = x if isinstance(x, Items) else gather(x, y, fold, task=task)
-    return ask(items, by_mlp(config, figure or TASKS[items.task], device), probe="mlp", seeds=seeds, once=True)
+    items, figure = questions(x, y, fold, task, figure)
+    return ask(items, by_mlp(config, figure, device), probe="mlp", seeds=seeds, once=True)
 
 # %% ../nbs/51_mlp.ipynb #829e65cc
 def log_loss(

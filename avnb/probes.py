@@ -7,11 +7,11 @@ __all__ = ['fit_linear', 'linear_probe', 'fit_knn', 'knn_probe', 'table', 'gathe
            'difference', 'each_item', 'rows', 'Answers', 'Items', 'MLPConfig', 'hear_probe', 'event_probe',
            'EventAnswers', 'onset_results']
 
-# %% ../nbs/51_probes.ipynb #e53f9a35
+# %% ../nbs/51_probes.ipynb #65f59f61
 import numpy as np
 import torch
 
-from .answers import FIGURES, TASKS, Answers, Items, ask, baselines, difference, each_item, figure_of, gather, results, rows, splits
+from .answers import Answers, Items, ask, baselines, difference, each_item, figure_of, gather, questions, results, rows, splits
 from .events import EventAnswers, onset_results
 from .mlp import MLPConfig, event_probe, hear_probe, log_loss
 
@@ -46,7 +46,7 @@ def fit_linear(
     every = [regress(c) if 0 < c.sum() < len(c) else float(c[0]) for c in y.T]  # a label that never varies here is not learnt
     return lambda x: np.stack([np.full(len(x), m) if isinstance(m, float) else m.predict_proba(ready.transform(x))[:, 1] for m in every], 1)
 
-# %% ../nbs/51_probes.ipynb #799c2f69
+# %% ../nbs/51_probes.ipynb #bda3de84
 def _likelihood(scores:np.ndarray, y:np.ndarray)->float: # of true answers, a log; values have their error alone
     if scores.ndim == 1: return 0.
     return -log_loss(scores, y) if y.ndim == 2 else float(np.log(np.clip(scores[np.arange(len(y)), y], 1e-7, 1)).mean())
@@ -59,6 +59,13 @@ def _chosen(items, train, valid, figure, settings, fitted):
     best = scores.index(max(scores))
     return fitted(items.part(np.concatenate([train, valid])), settings[best]), settings[best], round(sign*scores[best][0], 4)
 
+def _search(items, figure:str, probe:str, name:str, choices, fit, seeds)->Answers:
+    "Question every fold with a probe of one setting, chosen on validation."
+    def learnt(items, train, valid, seed, settled):
+        predict, best, score = _chosen(items, train, valid, figure, list(choices), lambda part, c: fit(part, items.task, len(items.names), c, seed))
+        return predict, {name: best, "valid": score}
+    return ask(items, learnt, probe=probe, seeds=seeds)
+
 def linear_probe(
     x,                      # (N, D) or (N, V, D) embeddings; or Items, of `gather`
     y=None,                 # (N,) classes | (N, C) labels | (N,) values
@@ -70,19 +77,10 @@ def linear_probe(
     seeds=(0,),
 )->Answers:
     "What lies on one side of a plane."
-    items = x if isinstance(x, Items) else gather(x, y, fold, task=task)
-    figure = _known(figure, items)
-    def fit(items, train, valid, seed, settled):
-        predict, C, score = _chosen(items, train, valid, figure, list(Cs), lambda part, C: fit_linear(part, items.task, len(items.names), C, seed))
-        return predict, {"C": C, "valid": score}
-    return ask(items, fit, probe="linear", seeds=seeds)
+    items, figure = questions(x, y, fold, task, figure)
+    return _search(items, figure, "linear", "C", Cs, fit_linear, seeds)
 
-def _known(figure:str|None, items:Items)->str:
-    figure = figure or TASKS[items.task]
-    if figure not in FIGURES: raise ValueError(f"figure={figure!r}; expected one of {', '.join(FIGURES)}.")
-    return figure
-
-# %% ../nbs/51_probes.ipynb #d7fcb5a4
+# %% ../nbs/51_probes.ipynb #78c85ca6
 def fit_knn(
     part,  # Part
     task:str,
@@ -111,14 +109,10 @@ def knn_probe(
     seeds=(0,),
 )->Answers:
     "Whether what is alike lies together."
-    items = x if isinstance(x, Items) else gather(x, y, fold, task=task)
-    figure = _known(figure, items)
-    def fit(items, train, valid, seed, settled):
-        predict, k, score = _chosen(items, train, valid, figure, list(ks), lambda part, k: fit_knn(part, items.task, len(items.names), k))
-        return predict, {"k": k, "valid": score}
-    return ask(items, fit, probe="knn", seeds=seeds)
+    items, figure = questions(x, y, fold, task, figure)
+    return _search(items, figure, "knn", "k", ks, lambda part, task, n, k, seed: fit_knn(part, task, n, k), seeds)
 
-# %% ../nbs/51_probes.ipynb #3478fd34
+# %% ../nbs/51_probes.ipynb #83075b12
 def table(
     found:dict,            # {name: Answers | EventAnswers}
     figure:str|None=None,  # None: the task's own
@@ -128,5 +122,5 @@ def table(
     show, out = lambda v: f"{v['value']:.3f} [{v['lo']:.2f}, {v['hi']:.2f}]", {}
     for name, a in found.items():
         told = onset_results(a) if isinstance(a, EventAnswers) else results(a, figure)
-        for k, v in told["metrics"].items(): out[name] = {"figure": k, "value": show(v)} | {rule: show(b[k]) for rule, b in told["baselines"].items() if rule != "nothing"} | {"items": v["n"]}
+        for k, v in told["metrics"].items(): out[name] = {"figure": k, "value": show(v)} | {rule: show(b[k]) for rule, b in told["baselines"].items()} | {"items": v["n"]}
     return pd.DataFrame.from_dict(out, orient="index").fillna("")

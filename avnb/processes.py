@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# %% ../nbs/21_processes.ipynb #a6aee82e
+# %% ../nbs/21_processes.ipynb #7e53f82b
 class _Gather(torch.autograd.Function):
     "Rows of every rank, in rank order; backward adds what all ranks want of a row and hands it to the rank that owns it."
     @staticmethod
@@ -20,7 +20,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous(); dist.all_reduce(grad)
+        grad = grad.clone(memory_format=torch.contiguous_format); dist.all_reduce(grad) # what is handed in may be another's too
         return grad[dist.get_rank()]
 
 def gather(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTRASTS', 'measure', 'points', 'versions', 'looks_typed', 'command_of', 'contrasts', 'head_names', 'write_items',
-           'read_items', 'item_values', 'table', 'snapshots', 'unnormalise', 'as_markdown', 'publish', 'as_run', 'main']
+           'read_items', 'item_values', 'table', 'snapshots', 'unnormalise', 'markdown_table', 'as_markdown', 'publish',
+           'as_run', 'main']
 
 # %% ../nbs/43_results.ipynb #21f99d17
 import argparse, math, platform, shlex, sys
@@ -165,7 +166,14 @@ def unnormalise(t:Tokens, view)->torch.Tensor:
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (view.mean, view.std))
     return (t.frames*std + mean).clamp(0, 1)
 
-# %% ../nbs/43_results.ipynb #663aa571
+# %% ../nbs/43_results.ipynb #4aa075d6
+def markdown_table(
+    head, lines, # of anything that can be written: names of the columns, and as many in each line
+)->str:
+    "A table in markdown."
+    cell = lambda x: str(x).replace("|", "\\|").replace("\n", " ")
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in (head, ["---"]*len(head), *lines))
+
 def as_markdown(
     results:dict|str|Path,  # of `measure`, or the path of a results.json
     names:dict,             # {figure: what a person calls it}
@@ -173,8 +181,7 @@ def as_markdown(
     "A table for a README: one row a figure, the model beside the trivial rules."
     from IPython.display import Markdown
     t = table(results, list(names))
-    rows = [f"| {names[k]} | " + " | ".join(f"**{v}**" if i == 0 else v or "-" for i, v in enumerate(row)) + " |" for k, row in zip(t.index, t.values.tolist(), strict=True)]
-    return Markdown("\n".join(["| toy test | " + " | ".join(t.columns) + " |", "|---" * (len(t.columns) + 1) + "|", *rows]))
+    return Markdown(markdown_table(["toy test", *t.columns], [[names[k], f"**{first}**", *(v or "-" for v in rest)] for k, (first, *rest) in zip(t.index, t.values.tolist(), strict=True)]))
 
 def publish(
     run:str|Path,        # a run folder with results.json

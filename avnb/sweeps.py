@@ -6,7 +6,7 @@
 __all__ = ['INTERVALS', 'expand', 'run_one', 'sweep', 'over_seeds', 'over_clips', 'aggregate', 'table', 'as_markdown', 'publish',
            'main']
 
-# %% ../nbs/44_sweeps.ipynb #8eed5a3a
+# %% ../nbs/44_sweeps.ipynb #f6d0429c
 import argparse, fcntl, itertools, json, os, re, signal, subprocess, sys, threading
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .core import FORMAT, read_json, settings, stable_hash, write_atomic, write_json
 from .metrics import bootstrap
 from .recipes import FREE, differences, from_dict, recipe as make_recipe, to_dict
-from .results import item_values, measure
+from .results import item_values, markdown_table, measure
 from .training import fit, read_lines
 
 # %% ../nbs/44_sweeps.ipynb #07d7ad98
@@ -208,7 +208,7 @@ def table(
     made.index = pd.MultiIndex.from_tuples(made.index, names=["setting", "figure"])
     return made if (made["over clips"] != "").any() else made.drop(columns="over clips")
 
-# %% ../nbs/44_sweeps.ipynb #bae31fb3
+# %% ../nbs/44_sweeps.ipynb #49d5bf7e
 def as_markdown(
     found:dict|str|Path, # of `aggregate`, or the path of a sweep.json
 )->str:
@@ -217,13 +217,12 @@ def as_markdown(
     t = table(found)
     several = len(found["settings"]) > 1
     head = [*(["setting"] if several else []), "figure", *t.columns]
-    rows = [[*([label] if several else []), name, *map(str, row)] for (label, name), row in zip(t.index, t.values.tolist(), strict=True)]
-    lines = ["| " + " | ".join(r) + " |" for r in (head, ["---"]*len(head), *rows)]
+    lines = [[*([label] if several else []), name, *row] for (label, name), row in zip(t.index, t.values.tolist(), strict=True)]
     seeds = "; ".join(f"{label}: seeds {', '.join(map(str, s['seeds']))}, checkpoints {', '.join(map(str, s['checkpoints']))} of {', '.join(map(str, s['steps']))} steps" for label, s in found["settings"].items())
     missing = [f"\nNot finished: {', '.join(found['missing'])}."] if found["missing"] else []
     notes = [f"- {k}: {v}" for k, v in found["intervals"].items() if k in t.columns]
     protocols = sorted({p for s in found["settings"].values() for p in s["protocols"]})
-    return "\n".join([*lines, "", f"Measured: {'; '.join(protocols)}. {seeds}. Columns after the intervals are rules that understand nothing, means over the same runs.", "", *notes, *missing, "", f"Made by `{found['command']}`.", ""])
+    return "\n".join([markdown_table(head, lines), "", f"Measured: {'; '.join(protocols)}. {seeds}. Columns after the intervals are rules that understand nothing, means over the same runs.", "", *notes, *missing, "", f"Made by `{found['command']}`.", ""])
 
 def publish(
     out:str|Path, # folder of a sweep
