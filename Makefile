@@ -12,7 +12,7 @@ export PIP_PROGRESS_BAR := off
 RUNS := ^([_.]|train|infer|probe|dub|bench|study_|browse_)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test gate quick soak lab readme clean
+.PHONY: help env demo test gate quick soak lab readme results clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,11 @@ lab: env ## JupyterLab on this folder
 readme: env ## README.md from nbs/index.ipynb, its links (relative to nbs/) made relative to the top
 	$(BIN)/jupyter nbconvert --to markdown --log-level ERROR --output-dir . --output README nbs/index.ipynb
 	@sed -i.old -E 's#\]\(([A-Za-z0-9_]+\.ipynb)#](nbs/\1#g; s#(\]\(|src=")\.\./#\1#g' README.md && rm README.md.old
+
+results: env ## figures/results.md from the published results files, index.ipynb run on it, README.md
+	$(BIN)/python -m avnb.report --index
+	cd nbs && ../$(BIN)/jupyter nbconvert --log-level ERROR --execute --inplace --to notebook index.ipynb && ../$(BIN)/nbdev-clean --fname index.ipynb
+	@$(MAKE) --no-print-directory readme
 
 clean: ## clear what tools left; corpora and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -782,6 +782,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'avnb.report.index_table': ('report.html#index_table', 'avnb/report.py'),
                              'avnb.report.less_is_better': ('report.html#less_is_better', 'avnb/report.py'),
                              'avnb.report.main': ('report.html#main', 'avnb/report.py'),
+                             'avnb.report.publish': ('report.html#publish', 'avnb/report.py'),
                              'avnb.report.read_results': ('report.html#read_results', 'avnb/report.py'),
                              'avnb.report.show_beside': ('report.html#show_beside', 'avnb/report.py')},
             'avnb.results': { 'avnb.results.as_markdown': ('results.html#as_markdown', 'avnb/results.py'),

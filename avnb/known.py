@@ -96,7 +96,7 @@ def _two(learn, ask, y, z):
     names = ["learn/" + str(i) for i in range(len(learn))] + [str(i) for i in range(len(ask))]
     return gather(np.concatenate([learn, ask]), [*y, *z], ["train"]*len(learn) + ["test"]*len(ask), ids=names)
 
-# %% ../nbs/54_known.ipynb #3477eca0
+# %% ../nbs/54_known.ipynb #3f96df26
 MLP = MLPConfig()
 
 def answers_of(
@@ -112,7 +112,7 @@ def answers_of(
     for of, x in {**({"en": (learn.audio["en"], ask.audio["en"])} if "en" in both else {}), **({"video": (learn.video, ask.video)} if ask.video is not None else {})}.items():
         items = _two(*x, y, z)
         out |= {f"class/{of}/linear": linear_probe(items, seeds=seeds), f"class/{of}/knn": knn_probe(items, seeds=seeds)}
-        if mlp: out[f"class/{of}/mlp"] = hear_probe(items, config=mlp, seeds=seeds)
+        if mlp and of == "en": out[f"class/{of}/mlp"] = hear_probe(items, config=mlp, seeds=seeds)
     if "en" in both: out |= _of_sound(learn, ask, both, told, asked, fold, seeds)
     if ask.video is not None: out["background/video/linear"] = linear_probe(_two(learn.video, ask.video, [a["background"] for a in told], [a["background"] for a in asked]), seeds=seeds)
     return out

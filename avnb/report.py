@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LESS', 'OWN', 'HEADLINES', 'read_results', 'less_is_better', 'clear_of', 'comparison', 'as_markdown', 'show_beside',
-           'best_rule', 'index_table', 'main']
+           'best_rule', 'index_table', 'publish', 'main']
 
-# %% ../nbs/54_report.ipynb #1acadfa8
+# %% ../nbs/54_report.ipynb #92aaa773
 import argparse
 from pathlib import Path
 
-from .core import FORMAT, nearest, read_json, settings, stable_hash, write_atomic
+from .core import FORMAT, nearest, read_json, settings, stable_hash, write_atomic, write_json
 from .results import markdown_table, read_items
 
 # %% ../nbs/54_report.ipynb #53296a50
@@ -157,18 +157,28 @@ def index_table(
     said = "\n".join(f"- {run}: `{command}`" for run, command in commands.items())
     return markdown_table(["run", "figure (toy scale)", "value [95 %]", "best rule beside it", "items"], lines) + f"\n\n{said}", missing
 
-# %% ../nbs/54_report.ipynb #17923a80
+# %% ../nbs/54_report.ipynb #da1536b1
+def publish(
+    place:str|Path, # results folder
+)->Path:            # RUN_PROTOCOL.json in the figures folder
+    "Copy a results file to the figures folder."
+    found = read_results(place)
+    kept = {k: v for k, v in found.items() if k not in ("path", "asked")}
+    return write_json(settings().figures/f"{found['run']}_{found['protocol'].split(':')[0]}.json", kept)
+
+# %% ../nbs/54_report.ipynb #6a98572b
 def main(args=None):
     "`python -m avnb.report RESULTS...`: one table of several models; `--index`: figures/results.md, which the front page shows."
     p = argparse.ArgumentParser(prog="avnb.report", description="Compare results files, or write the table of the front page.")
     p.add_argument("results", nargs="*", help="results.json files, or folders that hold one"); p.add_argument("--figures", nargs="*", help="which figures; default: those that all have")
-    p.add_argument("--out", help="write the table to this Markdown file"); p.add_argument("--index", action="store_true", help="write results.md to the figures folder, from the results files there")
+    p.add_argument("--out", help="write the table to this Markdown file"); p.add_argument("--publish", action="store_true", help="copy the results files to the figures folder"); p.add_argument("--index", action="store_true", help="write results.md to the figures folder, from the results files there")
     a = p.parse_args(args)
     if not a.results and not a.index: p.error("give results files, or --index")
     if a.index:
         text, missing = index_table()
         print(write_atomic(settings().figures/"results.md", text + "\n"), *(f"not there: {m}" for m in missing), sep="\n")
-    if a.results:
+    for place in a.results if a.publish else (): print(publish(place))
+    if a.results and not a.publish:
         text = as_markdown(comparison(a.results, a.figures))
         print(write_atomic(Path(a.out), text + "\n") if a.out else text)
 
