@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .intervals import bootstrap_of, told
 
-# %% ../nbs/29_ranking.ipynb #177329cc
+# %% ../nbs/29_ranking.ipynb #5d65b303
 def _square(scores:Tensor)->None:
     "ValueError for scores that are not a square of numbers."
     if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or not len(scores):
         raise ValueError(f"retrieval: scores must be (N, N), audio i belonging to image i, with N > 0; got {tuple(scores.shape)}.")
-    if bad := sum(int(part.isnan().sum()) for part in scores.split(256)):
+    if bad := sum(int(part.isnan().sum()) for part in scores.split(32)):
         raise ValueError(f"retrieval: {bad} of {scores.numel()} scores are NaN, which no rank can hold. Find what made them.")
 
 def ranks(
@@ -27,7 +27,7 @@ def ranks(
     "Where each row's true partner lands; ValueError for scores that are not a square of numbers."
     _square(scores)
     own, counts = scores.diagonal()[:, None], []
-    for part, mine in zip(scores.split(256), own.split(256), strict=True): # a few rows at a time: only the scores themselves are large
+    for part, mine in zip(scores.split(32), own.split(32), strict=True): # a few rows at a time: only the scores themselves are large
         counts.append(torch.stack([(part > mine).sum(1), (part == mine).sum(1)]))
     better, equal = torch.cat(counts, 1)
     return 1 + better, 1 + better + (equal - 1) / 2, equal - 1
@@ -50,7 +50,7 @@ def label_table(
         raise ValueError(f"retrieval: clip(s) {bare[:8]} of {len(table)} have no label, so nothing answers them. Leave them out.")
     return table
 
-# %% ../nbs/29_ranking.ipynb #9e0ea35b
+# %% ../nbs/29_ranking.ipynb #48a05535
 def class_ranks(
     scores:Tensor, # (N, N), the query's row
     labels,        # of the clips, see `label_table`
@@ -59,7 +59,7 @@ def class_ranks(
     _square(scores)
     table, found = label_table(labels, len(scores)).to(scores.device, torch.float32), []
     place = torch.arange(len(scores), device=scores.device)
-    for part, mine in zip(scores.split(256), table.split(256), strict=True):
+    for part, mine in zip(scores.split(64), table.split(64), strict=True):
         right = mine @ table.T > 0
         value, order = part.sort(1, descending=True)
         hit = right.gather(1, order)
