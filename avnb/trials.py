@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'RULE', 'toy_sets', 'asked', 'Tokens', 'embed_set', 'heat_ma
            'right_object', 'retrieval_trial', 'retrieval_chance', 'disentangling_trial', 'grounding_trials',
            'choose_by']
 
-# %% ../nbs/32_trials.ipynb #a791c7f7
+# %% ../nbs/32_trials.ipynb #9bb8244c
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .batches import ClipDataset, InOrder, View, loader
 from .heads import pair_scores
-from .metrics import ap_dis, area_matched, centre_heat, contrast_saliency, pointing_each, random_heat, ranks, retrieval, to_size, with_interval
+from .metrics import ap_dis, area_matched, centre_heat, contrast_saliency, everything, pointing_each, random_heat, ranks, retrieval, to_size, with_interval
 from .models import audible_tokens, by_heads, clip_heat
 from .negatives import pool_time
 from .store import open_store, prepare
@@ -111,7 +111,7 @@ def head_maps(
     "The same of each head alone."
     return _heard_by(t, torch.arange(len(t.audio)), lambda x: x.transpose(0, 1))
 
-# %% ../nbs/32_trials.ipynb #c95b7ef0
+# %% ../nbs/32_trials.ipynb #a5c0e1e9
 def hottest_object(
     heat:Tensor,   # (N, H, W)
     masks:Tensor,  # (N, H, W) uint8 label maps
@@ -132,6 +132,7 @@ def right_object(
 
 def _readings(heat, masks, answer)->dict:
     truth = masks == answer[:, None, None]
+    if heat.dtype == torch.bool: return {"area_iou": ((heat & truth).sum((1, 2)) / (heat | truth).sum((1, 2))).float()} # decided: no peak, no hottest object
     hot = area_matched(heat, truth)
     iou = (hot & truth).sum((1, 2)) / (hot | truth).sum((1, 2))
     return {"pointing": pointing_each(heat, truth).float(), "right_object": right_object(heat, masks, answer).float(), "area_iou": iou.float()}
@@ -190,7 +191,7 @@ def _found_items(kind, t, scores)->list:
     rank, best = [ranks(s)[0].tolist() for s in (scores, scores.T)], scores.argmax(1).tolist()
     return [{"id": t.ids[i], "kind": kind, "label": heard[i], "prediction": t.ids[best[i]], "hit": rank[0][i] == 1, "rank_a2v": rank[0][i], "rank_v2a": rank[1][i]} for i in range(len(t.ids))]
 
-# %% ../nbs/32_trials.ipynb #fb641a3e
+# %% ../nbs/32_trials.ipynb #4fb950e7
 def grounding_trials(
     model,              # DenseAligner
     sets:dict,          # {kind: store}, from `toy_sets`
@@ -199,7 +200,7 @@ def grounding_trials(
     baselines:bool=True, # also the rules that do not understand
 )->dict:                # {"metrics": {name: {"value", "lo", "hi", "n"}}, "baselines": {rule: {name: ...}}, "items": [one dict a clip]}
     "Every question set, with figures named `kind/reading`."
-    metrics, rules, items, kept = {}, {r: {} for r in ("saliency", "shuffled", "centre", "random")} if baselines else {}, [], {}
+    metrics, rules, items, kept = {}, {r: {} for r in ("saliency", "shuffled", "centre", "random", "everything")} if baselines else {}, [], {}
     for kind, store in sets.items():
         t = embed_set(model, store, view=view, device=device)
         if kind in ("ret", "muted"):
@@ -212,7 +213,7 @@ def grounding_trials(
         metrics |= {f"{kind}/{k}": with_interval(v) for k, v in found.items()}; items += _seen_items(kind, t, heat, answer, found)
         size, n = tuple(t.frames.shape[-2:]), len(t.frames)
         for rule, other in {"saliency": contrast_saliency(t.frames), "shuffled": heat_maps(t, torch.arange(n).roll(1)),
-                            "centre": centre_heat(*size).expand(n, *size), "random": random_heat(n, *size)}.items() if baselines else ():
+                            "centre": centre_heat(*size).expand(n, *size), "random": random_heat(n, *size), "everything": everything(n, *size)}.items() if baselines else ():
             rules[rule] |= {f"{kind}/{k}": with_interval(v) for k, v in _readings(other, t.masks, answer).items()}
     if baselines and getattr(model, "facts", {}).get("heads", 1) > 1 and {"speech", "loc"} <= set(kept):
         shared = _half_and_half(kept["speech"], kept["loc"]); metrics |= shared["metrics"]

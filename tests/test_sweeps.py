@@ -152,7 +152,7 @@ def test_two_seeds_on_the_toy_corpus(place):
     said(started(place, "--seeds", 0, 1, "--steps", 4, "--out", "toy", **{"data.videos": 12}))
     s = read_json(place / "toy/sweep.json")["settings"]["grounding"]
     assert {"loc/pointing", "muted/a2v/R@1", "ret/v2a/R@1", "speech/pointing", "isolated/pointing", "loc/area_iou"} <= set(s["figures"])
-    assert set(s["baselines"]) == {"saliency", "shuffled", "centre", "random"}
+    assert set(s["baselines"]) == {"saliency", "shuffled", "centre", "random", "everything"}
     shuffled = [read_json(place / "toy" / n / "results.json")["baselines"]["shuffled"]["loc/pointing"]["value"] for n in s["runs"]]
     assert np.isclose(s["baselines"]["shuffled"]["loc/pointing"], np.mean(shuffled), atol=1e-4)
 
