@@ -865,6 +865,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'avnb.snapshots.draw_snapshots': ('snapshots.html#draw_snapshots', 'avnb/snapshots.py'),
                                 'avnb.snapshots.fingerprint': ('snapshots.html#fingerprint', 'avnb/snapshots.py'),
                                 'avnb.snapshots.fixed_rows': ('snapshots.html#fixed_rows', 'avnb/snapshots.py'),
+                                'avnb.snapshots.head_answers': ('snapshots.html#head_answers', 'avnb/snapshots.py'),
                                 'avnb.snapshots.look': ('snapshots.html#look', 'avnb/snapshots.py'),
                                 'avnb.snapshots.undisturbed': ('snapshots.html#undisturbed', 'avnb/snapshots.py'),
                                 'avnb.snapshots.undisturbed.__enter__': ('snapshots.html#undisturbed.__enter__', 'avnb/snapshots.py'),
