@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from avnb.maps import centre_heat, everything
 from avnb.metrics import (AtSize, ap_dis, area_matched_iou, avs_each, avs_figures, bootstrap, bootstrap_of, ciou, ciou_each, class_ranks, iiou_each, iiou_figures, localisation_each,
@@ -222,6 +223,25 @@ def test_a_stream_holds_two_tiles(frames):
     assert Lazy.most == 2 and Lazy.alive == 0 and Lazy.reads == 10 + 10 * 10  # pictures are read again for each tile of sounds
     torch.testing.assert_close(scores, stream_scores(x, y, clips=150, time_pool=2), atol=1e-5, rtol=0)
     if frames: torch.testing.assert_close(scores, torch.stack([stream_scores(x[:, f], y[:, f], time_pool=2) for f in range(4)]).mean(0), atol=1e-5, rtol=0)
+
+
+class Largest(TorchDispatchMode):
+    "The largest tensor that any operation makes, views left out."
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out._base is None and out.untyped_storage().data_ptr() != self.given: self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.quick
+def test_ranking_makes_nothing_as_large_as_the_scores():
+    scores, kind = torch.rand(1500, 1500, generator=draw_of(0)), torch.arange(1500) % 7
+    with Largest() as seen:
+        seen.given = scores.untyped_storage().data_ptr()
+        retrieval(scores, kind)
+    assert seen.numbers <= scores.numel() / 10
 
 
 # ---- places ----
