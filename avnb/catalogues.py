@@ -17,7 +17,7 @@ from typing import Any
 
 from .media import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 
-# %% ../nbs/53_catalogues.ipynb #c1b5bfb1
+# %% ../nbs/53_catalogues.ipynb #3d88bc29
 @dataclass(frozen=True)
 class Entry:
     "One question of a protocol, and where its media are."
@@ -29,6 +29,7 @@ class Entry:
     fold:Any=None          # name or number of its fold; {split: name} where several splits are published
     boxes:tuple=()         # (left, top, right, bottom) as shares of the picture, all annotators
     agree:int=1            # annotators whose agreement makes a place fully true
+    code:int|None=None     # of what is asked for, in a mask of many classes; None: all that is not black
     span:tuple|None=None   # (start_s, end_s) of the word that is asked for
     moment:tuple|None=None # (start_s, end_s) of the file that is asked about; None: all of it
     group:str=""           # the film it is from, where several are; else its own
