@@ -88,7 +88,7 @@ def read_esc50(
     "ESC-50, five folds."
     return collect("esc50", csv_rows(list_file(lists, "esc50.csv"), ("filename", "fold", "category")), esc50_row, Shelf(media))
 
-# %% ../nbs/53_folds.ipynb #b1fcfcef
+# %% ../nbs/53_folds.ipynb #06c3120e
 LVU_CLASSES = ("relationship", "way_speaking", "scene", "director", "writer", "year", "genre")
 LVU_VALUES = ("view_count", "like_ratio")
 
@@ -97,7 +97,9 @@ def lvu_answer(
     task:str,
 ):              # class (its number, as text), or a number
     "What is asked of a clip; ValueError if the line does not say."
-    if task not in LVU_VALUES: return str(int(number(words[0], "the class")))
+    if task not in LVU_VALUES:
+        if not words[0].isdecimal(): raise ValueError(f"the class is {words[0]!r}, no number")
+        return words[0]
     first = number(words[0], "views" if task == "view_count" else "likes")
     if task == "view_count":
         if first <= 0: raise ValueError(f"{first:g} views have no logarithm")
