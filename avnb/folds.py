@@ -54,17 +54,17 @@ def read_ucf101(
     list_file(index.parent, "trainlist0?.txt")
     return collect("ucf101", merged(_ucf_lines(index.parent, names)), film_of, Shelf(media))
 
-# %% ../nbs/53_folds.ipynb #fb303c88
+# %% ../nbs/53_folds.ipynb #f97c510f
 PARTS = {"0": None, "1": "train", "2": "test"}
 
 def _hmdb_lines(folder:Path):
     for path in sorted(folder.glob("*_test_split[123].txt")):
         action, _, split = path.stem.rpartition("_test_split")
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1): # names hold blanks, commas, quotes
+        for n, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1): # names hold blanks, commas, quotes
             if not line.strip(): continue
             clip, _, part = line.strip().rpartition(" ")
             wrong = not clip.strip() or part not in PARTS or "\ufffd" in line
-            yield f"{path.name}:{number}", ValueError(f"{line.strip()[:60]!r} is no film and 0, 1 or 2") if wrong else (int(split), PARTS[part], f"{action}/{clip.strip()}", action)
+            yield f"{path.name}:{n}", ValueError(f"{line.strip()[:60]!r} is no film and 0, 1 or 2") if wrong else (int(split), PARTS[part], f"{action}/{clip.strip()}", action)
 
 def read_hmdb51(
     lists:str|Path, # the folder with <action>_test_split1.txt ...

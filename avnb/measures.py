@@ -7,7 +7,7 @@ __all__ = ['BUDGET', 'LEVELS', 'PROBES', 'gathered', 'clustered', 'summed', 'all
            'ask_retrieval', 'map_figures', 'best_f', 'another', 'rule_maps', 'model_maps', 'full', 'ask_localisation',
            'class_figures', 'ask_segmentation', 'by_split', 'probed', 'answers_figure', 'ask_probes']
 
-# %% ../nbs/53_measures.ipynb #4f6ab3bd
+# %% ../nbs/53_measures.ipynb #e93fc00d
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .answers import Answers, each_item, gather, ranked, results, rows
+from .answers import each_item, gather, ranked, results, rows
 from .catalogues import Entry
 from .embedders import Embedder, pictures_of, squared
 from .heads import pair_scores
@@ -246,7 +246,7 @@ def ask_segmentation(
     ours = {rule: told.pop(rule) for rule in ("basic", "advanced") if rule in told}
     return {"metrics": {f"{rule}/{k}": v for rule, figures in ours.items() for k, v in figures.items()}, "baselines": told, "items": each, "broken": broken, "empty": empty}
 
-# %% ../nbs/53_measures.ipynb #7f706083
+# %% ../nbs/53_measures.ipynb #077620e8
 PROBES = {"linear": linear_probe, "knn": knn_probe, "hear": hear_probe}
 
 def by_split(entries:list)->dict: # {name: (fold of each entry, or None where the split leaves it out)}
@@ -263,11 +263,10 @@ def probed(
 )->dict:           # {probe: [Answers of each split]}
     "Ask every probe in every split."
     out:dict = {}
-    for split, folds in by_split(entries).items():
-        mine = [n for n, f in enumerate(folds) if f is not None]
-        if not {"train", "test"} & set(folds) and split: continue
-        spread = lambda value: [v for n in mine for v in [value(n)]*len(x[n])]
-        items = gather(torch.cat([x[n] for n in mine]), spread(lambda n: entries[n].label), spread(lambda n: folds[n]), task=task, files=spread(lambda n: entries[n].id), vote=vote)
+    for folds in by_split(entries).values():
+        mine = [(y, e, f) for y, e, f in zip(x, entries, folds, strict=True) if f is not None]
+        each = [(e.label, f, e.id) for y, e, f in mine for _ in y] # of each row
+        items = gather(torch.cat([y for y, *_ in mine]), [r[0] for r in each], [r[1] for r in each], task=task, files=[r[2] for r in each], vote=vote)
         for name in probes: out.setdefault(name, []).append(PROBES[name](items, seeds=seeds, **({"config": config} if name == "hear" else {})))
     return out
 
