@@ -34,7 +34,7 @@ from .models import DenseAligner, audible_tokens, by_heads
 from .negatives import pool_time
 from .windows import fit_sound, resize_short, sound_windows, video_windows
 
-# %% ../nbs/53_embedders.ipynb #c47724fa
+# %% ../nbs/53_embedders.ipynb #939fd59f
 LONGEST_S = 20. # of a file, from its start, where a question is about all of it
 
 def squared(
@@ -60,6 +60,7 @@ def asked_span(
     if start >= whole: raise ValueError(f"{path}: lasts {whole:.2f} s, and {start:.2f} to {end:.2f} s are asked about.")
     return start, min(end, whole)
 
+# %% ../nbs/53_embedders.ipynb #00582b44
 def spread(start:float, end:float, parts:int)->list: return [start + (end - start)*(k + .5)/parts for k in range(parts)] # the middles of equal parts
 
 def pictures_of(
@@ -262,7 +263,7 @@ def save_embeddings(
     write_atomic(folder/"ids.csv", "\n".join(["id,row", *lines]) + "\n")
     return folder
 
-# %% ../nbs/53_embedders.ipynb #bdf338cf
+# %% ../nbs/53_embedders.ipynb #e4db4931
 def read_array(
     folder:Path,
     name:str,
@@ -279,6 +280,7 @@ def read_array(
         return x
     return None
 
+# %% ../nbs/53_embedders.ipynb #a3e07fae
 class FolderEmbedder(Embedder):
     "A folder of arrays and a list, in place of a model."
     def __init__(self, folder:str|Path, name:str|None=None):

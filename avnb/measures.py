@@ -160,7 +160,7 @@ def best_f(
     lo, hi = f((weights @ x.flatten(1)/weights.sum(1, keepdim=True)).unflatten(1, (2, -1))).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return {"value": round(f(x.mean(0)).item(), 4), "lo": round(lo, 4), "hi": round(hi, 4), "n": len(x)}
 
-# %% ../nbs/53_measures.ipynb #cc5e3ac5
+# %% ../nbs/53_measures.ipynb #9ffcbab7
 def another(items:list, n:int)->Entry|None:
     "A clip of another film, and of another class if there is one; None if all are of one film."
     later = [*items[n + 1:], *items[:n]]
@@ -172,10 +172,10 @@ def rule_maps(
     n:int,       # its number
     how:str,     # how its picture is cut
     size:int=SIDE,
-)->dict:         # {rule: (size, size)}
-    "Maps that know nothing of the sound."
-    frame = squared(pictures_of(e), size, how)
-    return {"everything": everything(1, size, size)[0], "centre": centre_heat(size, size), "saliency": contrast_saliency(frame)[0], "random": random_heat(1, 14, 14, n)}
+)->dict:         # {rule: (h, w)}
+    "Maps that know nothing of the sound, at any size."
+    small = squared(pictures_of(e), size//4, how) # what stands out is no matter of single pixels
+    return {"everything": everything(1, size, size)[0], "centre": centre_heat(size, size), "saliency": contrast_saliency(small)[0], "random": random_heat(1, 14, 14, n)}
 
 def model_maps(
     model:Embedder,

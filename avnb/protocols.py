@@ -7,11 +7,11 @@ __all__ = ['COMMAND', 'TASKS', 'CAVMAE', 'BIND', 'SYNC', 'PEAV', 'DENSEAV', 'VES
            'CAVMAE_LISTS', 'ESC_BIND', 'CLIP', 'FRAMES', 'DENSEAV_ZIP', 'AVS', 'PROTOCOLS', 'Protocol', 'protocol_of',
            'protocols_table', 'read_listing', 'ask_hear', 'evaluate', 'coverage_of']
 
-# %% ../nbs/53_protocols.ipynb #86822b05
+# %% ../nbs/53_protocols.ipynb #57717ec9
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .answers import gather
