@@ -12,7 +12,7 @@ export PIP_PROGRESS_BAR := off
 RUNS := ^([_.]|train|infer|probe|dub|bench|study_|browse_)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test gate quick soak lab readme clean
+.PHONY: help env demo test gate quick soak lab readme docs clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,10 @@ lab: env ## JupyterLab on this folder
 readme: env ## README.md from nbs/index.ipynb, its links (relative to nbs/) made relative to the top
 	$(BIN)/jupyter nbconvert --to markdown --log-level ERROR --output-dir . --output README nbs/index.ipynb
 	@sed -i.old -E 's#\]\(([A-Za-z0-9_]+\.ipynb)#](nbs/\1#g; s#(\]\(|src=")\.\./#\1#g' README.md && rm README.md.old
+
+docs: env ## the site in _site/, from the notebooks as they were last run (a minute)
+	@mkdir -p _docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "Open _site/index.html"
 
 clean: ## clear what tools left; corpora and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
