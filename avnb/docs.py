@@ -84,10 +84,10 @@ def _short(text, most=300): return text if len(text) <= most else text[:most].rs
 
 def _anchor(name): return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", name).strip().lower())
 
-# %% ../nbs/90_docs.ipynb #6a31efe1
+# %% ../nbs/90_docs.ipynb #e6da1819
 def _cell(v):
     if not isinstance(v, dict) or v.get("value") is None: return ""
-    return f"{v['value']:.3g}" + (f" [{v['lo']:.2g}, {v['hi']:.2g}]" if v.get("lo") is not None else "")
+    return f"{v['value']:.3g}" + (f" [{v['lo']:.2g}, {v['hi']:.2g}]" if v.get("lo") is not None else "").replace(" ", "\u00a0")
 
 def results_page(
     folder:str|Path, # figures/, with results files, tables and pictures
@@ -105,8 +105,8 @@ def results_page(
         if table.is_file(): out += [table.read_text().strip(), ""]
         elif isinstance(found.get("metrics"), dict):
             rules = list(found.get("baselines") or {})
-            rows = [(f"`{k}`", _cell(v), *(_cell(found["baselines"][r].get(k)) for r in rules)) for k, v in found["metrics"].items() if _cell(v)]
-            out += [_table(("figure", "model", *rules), rows), ""]
+            rows = [(f"`{k}`", _cell(v), *(_cell(found["baselines"][r].get(k)) for r in rules)) for k, v in found["metrics"].items() if isinstance(v, dict) and v.get("lo") is not None]
+            out += [_table(("figure", "model", *rules), rows), "", f"Counts and figures without an interval are in [{file.name}](figures/{file.name}).", ""]
         for picture in sorted(folder.glob(f"{file.stem}*.png")):
             if max((f.stem for f in folder.glob("*.json") if picture.stem.startswith(f.stem)), key=len) != file.stem: continue
             said = picture.with_suffix(".txt").read_text().strip() if picture.with_suffix(".txt").is_file() else picture.stem
@@ -138,7 +138,7 @@ def page_of(
 
 def _links(text): return re.sub(r"\]\((?!\w+:)([\w./-]+?)\.(ipynb|md)(#[^)]*)?\)", lambda m: f"]({'../index' if m[1] == 'index' or m[1].endswith('README') else m[1]}.html{m[3] or ''})", text)
 
-# %% ../nbs/90_docs.ipynb #95ff0e43
+# %% ../nbs/90_docs.ipynb #6004c872
 STYLE = """.md-grid { max-width: 1600px; }
 .md-typeset blockquote { border-color: #b84300; font-size: 1.05em; color: inherit; }
 .md-typeset table:not([class]) { font-size: .66rem; display: block; overflow-x: auto; }
@@ -147,7 +147,8 @@ STYLE = """.md-grid { max-width: 1600px; }
 .jupyter-wrapper .jp-InputPrompt, .jupyter-wrapper .jp-OutputPrompt { display: none !important; }
 .jupyter-wrapper .jp-CodeCell, .jupyter-wrapper .jp-MarkdownCell { padding-left: 0 !important; }
 .jupyter-wrapper .jp-OutputArea-output img { max-width: 100%; height: auto; }
-.jupyter-wrapper .highlight pre { font-size: .66rem; line-height: 1.45; }
+.jupyter-wrapper .highlight pre { font-size: .62rem; line-height: 1.45; }
+.md-typeset pre > code, .jupyter-wrapper .jp-MarkdownOutput pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 def contents(
@@ -162,11 +163,11 @@ def contents(
     left = [n for n in sorted(notebooks) if n not in seen and n != "index" and not n.startswith("howto_")]
     for stem in left: parts.setdefault("Further", []).append(stem)
     named = [n for v in parts.values() for n in v]
-    how, runs = [f"nbs/{n}.ipynb" for n in sorted(notebooks) if n.startswith("howto_")], [f"nbs/{n}.ipynb" for n in named if not re.match(r"\d\d_|howto_", n)]
+    how, runs = [f"nbs/{n}.ipynb" for n in named + sorted(set(notebooks) - set(named)) if n.startswith("howto_")], [f"nbs/{n}.ipynb" for n in named if not re.match(r"\d\d_|howto_", n)]
     paper = {k: [f"nbs/{n}.ipynb" for n in v if re.match(r"\d\d_", n)] for k, v in parts.items()}
     return [{"Home": "README.md"}, *([{"How to": how}] if how else []), {"Paper": [{k: v} for k, v in paper.items() if v]}, *([{"Runs and browsers": runs}] if runs else []), {"Results": "results.md"}]
 
-# %% ../nbs/90_docs.ipynb #0fff512b
+# %% ../nbs/90_docs.ipynb #7ed25afe
 def lay_out(
     root:str|Path,           # of the project
     out:str|Path|None=None,  # None: _docs in it
@@ -184,8 +185,9 @@ def lay_out(
     pages["api/index.md"] = "# API\n\nEvery public name by module, from its signature and the comments of its parameters.\n\n" + _table(("module", "question"), [(f"[avnb.{m}]({m}.md)", _clean(" ".join(first(t)))) for m, t in sources.items()])
     pages |= {"results.md": results_page(root/"figures"), "assets/extra.css": STYLE}
     for name, text in pages.items(): _write(out/name, text.encode())
-    for picture in (root/"figures").glob("*.png"): _write(out/"figures"/picture.name, picture.read_bytes())
-    kept = {out/name for name in pages} | {out/"figures"/p.name for p in (root/"figures").glob("*.png")}
+    shown = [p for p in (root/"figures").glob("*") if p.suffix in (".png", ".json")]
+    for file in shown: _write(out/"figures"/file.name, file.read_bytes())
+    kept = {out/name for name in pages} | {out/"figures"/p.name for p in shown}
     for old in [p for p in out.rglob("*") if p.is_file() and p not in kept and ".cache" not in p.parts]: old.unlink()
     nav = contents(pages["README.md"], stems)
     return [*nav, {"API": ["api/index.md", *(f"api/{m}.md" for m in sources)]}, {"Project": [n for n in ("CHANGELOG.md", "CONTRIBUTING.md") if n in pages]}]
