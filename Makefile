@@ -12,7 +12,7 @@ export PIP_PROGRESS_BAR := off
 RUNS := ^([_.]|train|infer|probe|dub|bench|study_|browse_)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test gate quick soak lab readme results clean
+.PHONY: help env demo test gate quick soak lab readme results docs clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -61,6 +61,10 @@ results: env ## figures/results.md from the published results files, index.ipynb
 	$(BIN)/python -m avnb.report --index
 	cd nbs && ../$(BIN)/jupyter nbconvert --log-level ERROR --execute --inplace --to notebook index.ipynb && ../$(BIN)/nbdev-clean --fname index.ipynb
 	@$(MAKE) --no-print-directory readme
+
+docs: env ## the site in _site/, from the notebooks as they were last run (a minute)
+	@mkdir -p _docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo "Open _site/index.html"
 
 clean: ## clear what tools left; corpora and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
