@@ -197,6 +197,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'avnb.clips._from_mp4': ('clips.html#_from_mp4', 'avnb/clips.py'),
                             'avnb.clips._plays': ('clips.html#_plays', 'avnb/clips.py'),
                             'avnb.clips.clip_of': ('clips.html#clip_of', 'avnb/clips.py'),
+                            'avnb.clips.heard': ('clips.html#heard', 'avnb/clips.py'),
                             'avnb.clips.packed': ('clips.html#packed', 'avnb/clips.py'),
                             'avnb.clips.picture_bytes': ('clips.html#picture_bytes', 'avnb/clips.py'),
                             'avnb.clips.quantise': ('clips.html#quantise', 'avnb/clips.py'),

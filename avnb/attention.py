@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['front', 'look', 'AttentionBrowser', 'weight']
 
-# %% ../nbs/60_attention.ipynb #57132637
+# %% ../nbs/60_attention.ipynb #0e441df3
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .clips import Clip, clip_of, packed
+from .clips import Clip, clip_of, heard, packed
 from .core import nearest, to_iso
 from .viz import heat_colours, show_heat, similarity_timeline
 
@@ -68,7 +68,7 @@ class _State(anywidget.AnyWidget):
         if value not in there: raise ValueError(f"{name}={value!r} is not in this clip; {nearest(value, there)}")
         return value
 
-# %% ../nbs/60_attention.ipynb #b217443a
+# %% ../nbs/60_attention.ipynb #53bdc1f1
 class AttentionBrowser(_State):
     "Play a clip under its heat; ask a place when, and a moment where."
     _esm, _css = front("attention"), look()
@@ -78,7 +78,8 @@ class AttentionBrowser(_State):
         **state,                 # `time_s`, `region`, `span`, `head`, `opacity` to begin with
     ):
         if not isinstance(clip, Clip): raise ValueError(f"AttentionBrowser: a {type(clip).__name__} was given; needed a Clip (`Clip(frames=..., heat=..., sound=...)`), or `AttentionBrowser.of(model, path)`.")
-        self.clip, sent = clip, packed(clip)
+        self.clip, self.heard = clip, heard(clip)
+        sent = packed(clip, self.heard)
         super().__init__(**sent, colours=_colours(), language=to_iso(language) if language else clip.languages[0], **{"head": "all" if len(clip.heads) > 1 else clip.heads[0], **state})
 
     @classmethod
@@ -90,10 +91,10 @@ class AttentionBrowser(_State):
         "Run a model over a clip, once for each track, and browse it."
         return cls(clip_of(model, path, **how))
 
-# %% ../nbs/60_attention.ipynb #cd2af079
+# %% ../nbs/60_attention.ipynb #4a0b3438
 def _maps(self):
     "The maps of the track and head that are chosen: (T, h, w)."
-    h = self.clip.heat[self.language]
+    h = self.heard[self.language]
     if self.head != "all": return h[self.clip.heads.index(self.head)]
     return h.amax(0) if self.clip.pool == "max" else h.sum(0)
 
