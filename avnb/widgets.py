@@ -155,7 +155,7 @@ def _mean_apart(d, languages):
     said = said if len(said) > 1 else range(len(languages))
     return float(np.mean([d[..., i, j] for i in said for j in said if i != j]))
 
-# %% ../nbs/60_widgets.ipynb #e3d18f4b
+# %% ../nbs/60_widgets.ipynb #ceb84f29
 class DubBrowser(anywidget.AnyWidget):
     "One scene: play its tracks, and see how far apart they are before and after training."
     _esm, _css = front("dubs"), look()
@@ -170,7 +170,7 @@ class DubBrowser(anywidget.AnyWidget):
         g = list(self.galleries.values())[-1]
         scenes, langs, _ = self.found[g.name]
         if any(f[:2] != (scenes, langs) for f in self.found.values()): raise ValueError("DubBrowser: the galleries hold other scenes or languages; needed the same rows before and after.")
-        at = {(i, k, m != "video"): n for n, (i, k, m) in enumerate(zip(g.rows["id"], g.rows["language"], g.rows["modality"], strict=True))}
+        at = {(g.rows["id"][n], g.rows["language"][n], g.rows["modality"][n] != "video"): n for n in reversed(range(len(g)))} # the first protocol's
         self.tracks, sent = {s: {k: at[s, k, True] for k in langs} for s in scenes}, _sent(g)
         one = {s: next(iter(v.values())) for s, v in self.tracks.items()}
         super().__init__(facts=dict(scenes=[[s, f"{s}: {g.rows['label'][one[s]]}"] for s in scenes], tracks=langs, names={k: LANGUAGES.get(k, k) for k in langs}, thumbs={s: sent["facts"]["thumbs"][one[s]] for s in scenes}), thumbs=sent["thumbs"])

@@ -68,11 +68,10 @@ const colourBar = (canvas, colours, vmax, opacity, ink) => {
   const width = 62, height = canvas.parentElement.clientHeight || 300, pen = sharpen(canvas, width, height), top = 26, bottom = height - 10;
   canvas.style.width = `${width}px`; canvas.style.height = `${height}px`;
   pen.clearRect(0, 0, width, height);
-  for (let y = top; y < bottom; y++) {
-    const c = 4 * Math.round(512 * (1 - (y - top) / (bottom - top - 1)));
-    pen.fillStyle = "rgb(158,158,158)"; pen.fillRect(4, y, 14, 1.5);
-    pen.fillStyle = `rgba(${colours[c]},${colours[c + 1]},${colours[c + 2]},${(colours[c + 3] / 255) * opacity})`; pen.fillRect(4, y, 14, 1.5);
-  }
+  const shade = pen.createLinearGradient(0, top, 0, bottom);
+  for (let s = 0; s <= 64; s++) { const c = 4 * Math.round(512 * (1 - s / 64)); shade.addColorStop(s / 64, `rgba(${colours[c]},${colours[c + 1]},${colours[c + 2]},${(colours[c + 3] / 255) * opacity})`); }
+  pen.fillStyle = "rgb(158,158,158)"; pen.fillRect(4, top, 14, bottom - top);
+  pen.fillStyle = shade; pen.fillRect(4, top, 14, bottom - top);
   pen.fillStyle = ink.ink; pen.strokeStyle = ink.dim; pen.font = ink.font; pen.textBaseline = "middle";
   pen.fillText("similarity", 2, 10);
   for (const f of [1, 0.5, 0, -0.5, -1]) {

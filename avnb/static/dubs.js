@@ -6,7 +6,7 @@ function render({ model, el }) {
   const facts = model.get("facts");
   const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes(); };
   const still = make("img", { class: "avnb-still", alt: "" }), movie = make("video", { class: "avnb-film", playsinline: true, "aria-hidden": "true" }); movie.muted = true; movie.hidden = true;
-  const pick = make("select", { "aria-label": "scene", onchange: () => { stop(); set({ scene: pick.value }); } }, ...facts.scenes.map(([id, text]) => make("option", { value: id, text })));
+  const pick = make("select", { "aria-label": "scene", onchange: () => { const scene = pick.value; stop(); set({ scene }); show(); } }, ...facts.scenes.map(([id, text]) => make("option", { value: id, text })));
   const tracks = make("div", { class: "avnb-tracks", role: "group", "aria-label": "tracks" }), panels = make("div", { class: "avnb-panels" }), bars = make("div", { class: "avnb-bars" });
   const said = make("div", { class: "avnb-said", role: "status", "aria-live": "polite" });
   const root = make("div", { class: "avnb avnb-dubs", role: "group", "aria-label": "dub browser" },

@@ -48,7 +48,7 @@ function render({ model, el }) {
   const rows = () => facts.rows, N = () => facts.rows.id.length;
   const shown = () => { const r = rows(), p = model.get("protocol"), s = model.get("split"); return [...Array(N()).keys()].filter((i) => r.protocol[i] === p && (s === "all" || r.split[i] === s)); };
   const kindOf = (i) => rows().modality[i] + (rows().language[i] ? ` ${rows().language[i]}` : "");
-  const named = (i) => { const r = rows(), l = LANGUAGE(r.language[i], facts.names); return r.modality[i] === "video" ? "film" : l ? `${l === "no speech" ? "no speech" : l} sound` : r.modality[i]; };
+  const named = (i) => { const r = rows(), l = LANGUAGE(r.language[i], facts.names); return r.modality[i] === "video" ? "film" : l ? (r.language[i] === "zxx" ? l : `${l} sound`) : r.modality[i]; };
   const kinds = () => [...new Set(shown().map((i) => rows().modality[i]))].sort((a, b) => (a < b ? 1 : -1));
   const shape = (i) => SHAPES[Math.max(0, kinds().indexOf(rows().modality[i])) % SHAPES.length];
   const groups = () => { const by = model.get("colour_by"), r = rows(); return by === "error" ? ["right", "wrong", "no answer"] : [...new Set(shown().map((i) => (by === "label" ? r.label[i] : r.language[i] || "film")))].sort(); };
@@ -70,7 +70,7 @@ function render({ model, el }) {
     const pen = sharpen(map, w, h); map.style.width = `${w}px`; map.style.height = `${h}px`;
     pen.clearRect(0, 0, w, h);
     const all = shown(), list = groups(), chosen = model.get("chosen"), near = new Set(model.get("neighbours").map((n) => n.row));
-    pen.strokeStyle = ink.line; pen.beginPath(); pen.moveTo(w / 2, 0); pen.lineTo(w / 2, h); pen.moveTo(0, h / 2); pen.lineTo(w, h / 2); pen.stroke();
+    pen.lineWidth = 1; pen.strokeStyle = ink.line; pen.beginPath(); pen.moveTo(w / 2, 0); pen.lineTo(w / 2, h); pen.moveTo(0, h / 2); pen.lineTo(w, h / 2); pen.stroke();
     if (chosen >= 0 && near.size) { const [x, y] = at(chosen); pen.strokeStyle = ink.dim; pen.lineWidth = 0.8; for (const j of near) { pen.beginPath(); pen.moveTo(x, y); pen.lineTo(...at(j)); pen.stroke(); } }
     pen.lineWidth = 1;
     for (const i of all) {
@@ -87,7 +87,7 @@ function render({ model, el }) {
   const drawKey = () => {
     const list = groups(), by = model.get("colour_by");
     const text = (g) => (by === "language" ? (g === "film" ? "film" : LANGUAGE(g, facts.names)) : g);
-    key.replaceChildren(...list.filter((g) => by !== "error" || shown().some((i) => groupOf(i) === g)).map((g) => { const b = make("button", { type: "button", class: "avnb-chip", text: text(g), title: "show these alone", onclick: () => { picked = picked?.name === g ? null : Object.assign((i) => groupOf(i) === g, { name: g }); refresh(); } }); b.style.setProperty("--c", hue(g, list)); b.setAttribute("aria-pressed", String(picked?.name === g)); return b; }),
+    key.replaceChildren(...list.filter((g) => by !== "error" || shown().some((i) => groupOf(i) === g)).map((g) => { const b = make("button", { type: "button", class: "avnb-chip", text: text(g), title: "show these alone", onclick: () => { picked = picked?.group === g ? null : Object.assign((i) => groupOf(i) === g, { group: g }); refresh(); } }); b.style.setProperty("--c", hue(g, list)); b.setAttribute("aria-pressed", String(picked?.group === g)); return b; }),
       ...kinds().map((m) => make("span", { class: "avnb-shape", text: `${{ circle: "●", square: "■", diamond: "◆", up: "▲", down: "▼", cross: "✚" }[SHAPES[kinds().indexOf(m) % SHAPES.length]]} ${m}` })));
   };
   const nearest = (e) => { const r = map.getBoundingClientRect(), x = e.clientX - r.left, y = e.clientY - r.top, { at } = box(); let best = -1, far = 14; for (const i of shown()) { if (picked && !picked(i)) continue; const [a, b] = at(i), d = Math.hypot(a - x, b - y); if (d < far) { far = d; best = i; } } return best; };
@@ -120,7 +120,7 @@ function render({ model, el }) {
     for (const n of model.get("neighbours")) { const k = kindOf(n.row); (kinds.get(k) ?? kinds.set(k, []).get(k)).push(n); }
     near.replaceChildren(...[...kinds].map(([, list]) => make("div", { class: "avnb-nearrow" }, make("span", { class: "avnb-nearname", text: named(list[0].row) }),
       ...list.map((n) => make("button", { type: "button", class: `avnb-neighbour${n.same ? " same" : ""}`, "data-row": n.row, title: `${n.id}: ${n.label}${n.same ? " (the same clip)" : ""}`, "aria-label": `${n.label}, ${named(n.row)}, similarity ${n.similarity.toFixed(2)}${n.same ? ", the same clip" : ""}`, onclick: () => choose(n.row, true) },
-        picture(n.row, 46), make("span", { class: n.label === rows().label[i] ? "avnb-ok" : "avnb-no", text: n.label || "–" }), make("span", { class: "avnb-sim", text: minus(n.similarity.toFixed(2)) }))))));
+        picture(n.row, 40), make("span", { class: n.label === rows().label[i] ? "avnb-ok" : "avnb-no", text: n.label || "–" }), make("span", { class: "avnb-sim", text: minus(n.similarity.toFixed(2)) }))))));
   };
   again.onclick = () => ask(model.get("chosen"));
 
@@ -139,7 +139,7 @@ function render({ model, el }) {
       for (const b of names) {
         const list = count.get(`${a}\t${b}`) ?? [], f = list.length / (sums.get(a) || 1);
         const cell = make("button", { type: "button", class: `avnb-cell${a === b ? " diagonal" : ""}`, text: list.length || "", disabled: !list.length, title: `${list.length} of ${sums.get(a) ?? 0}: ${a} called ${b}`, "aria-label": `${list.length} of ${sums.get(a) ?? 0}: ${a} called ${b}`, "data-cell": `${a}\t${b}`,
-          onclick: () => { cellOf = cellOf === `${a}\t${b}` ? null : `${a}\t${b}`; picked = cellOf ? Object.assign((i) => r.label[i] === a && r.prediction[i] === b, { name: cellOf }) : null; model.set("cell", cellOf ? [a, b] : null); model.save_changes(); refresh(); } });
+          onclick: () => { cellOf = cellOf === `${a}\t${b}` ? null : `${a}\t${b}`; picked = cellOf ? Object.assign((i) => r.label[i] === a && r.prediction[i] === b, { group: cellOf }) : null; model.set("cell", cellOf ? [a, b] : null); model.save_changes(); refresh(); } });
         cell.style.setProperty("--f", (a === b ? f : Math.min(1, f * 1.6)).toFixed(3)); cell.setAttribute("aria-pressed", String(cellOf === `${a}\t${b}`));
         body.append(cell);
       }
@@ -155,7 +155,7 @@ function render({ model, el }) {
     if (!found.length) { table.replaceChildren(make("div", { class: "avnb-hint", text: "results.json holds no figures." })); return; }
     const rules = Object.keys(facts.baselines), tops = found.map(([k, v]) => Math.max(v.hi ?? v.value, v.value, ...rules.map((r) => facts.baselines[r][k]?.value ?? 0))), low = Math.min(0, ...found.map(([, v]) => v.lo ?? v.value));
     const span = Math.max(...tops) <= 1.0001 && low >= -1 ? [Math.min(0, low), 1] : null;
-    table.replaceChildren(make("div", { class: "avnb-row avnb-rowhead" }, make("span", { text: "figure" }), make("span", { text: "value [95 % interval]" }), make("span", { class: "avnb-axis" }, make("span", { text: span ? minus(span[0]) : "" }), make("span", { text: span ? String(span[1]) : "" }))),
+    table.replaceChildren(make("div", { class: "avnb-row avnb-rowhead" }, make("span", { text: "figure" }), make("span", { text: "value [95 %]" }), make("span", { class: "avnb-axis" }, make("span", { text: span ? minus(span[0]) : "" }), make("span", { text: span ? String(span[1]) : "" }))),
       ...found.map(([k, v], n) => {
         const [a, b] = span ?? [Math.min(0, low), tops[n] || 1], at = (x) => `${100 * clamp((x - a) / (b - a), 0, 1)}%`;
         const bar = make("span", { class: "avnb-interval" });
