@@ -1,0 +1,299 @@
+"""The browsers as a person meets them: a real JupyterLab on loopback, in a real Chromium."""
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from browser import MISSING, ROOT, Lab, Notebook, chromium, opened  # noqa: E402
+
+needs_chromium = pytest.mark.skipif(chromium() is None, reason=MISSING)
+ATTENTION, PROBES = ".avnb-attention", ".avnb-probes"
+
+
+@pytest.fixture(scope="module")
+def lab():
+    with Lab("browse_attention.ipynb", "browse_probes.ipynb") as lab: yield lab
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as play:
+        b = opened(play)
+        yield b
+        b.close()
+
+
+@pytest.fixture(scope="module")
+def clip(lab, browser):
+    n = Notebook(lab, browser, "browse_attention.ipynb")
+    n.took = n.run_all(f"{ATTENTION}[data-drawn]")
+    yield n
+    n.close()
+
+
+@pytest.fixture(scope="module")
+def probes(lab, browser):
+    n = Notebook(lab, browser, "browse_probes.ipynb")
+    n.took = n.run_all(f"{PROBES}[data-drawn]")
+    yield n
+    n.close()
+
+
+@pytest.fixture(scope="module")
+def truth():
+    from avnb.bundled import bundled_truth
+    return bundled_truth()
+
+
+def part(n, selector): return n.page.locator(f"{ATTENTION} {selector}").first
+
+def js(n, code, selector=ATTENTION): return n.page.locator(selector).first.evaluate(f"(root) => {code}")
+
+def pixels(n): return js(n, "{ const c = root.querySelector('.avnb-overlay'); return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].reduce((s, v, i) => (s + v*(i % 9973)) % 2147483647, 0); }")
+
+def middle(truth, label, frame=0):
+    "Centre of an object, as fractions of the picture."
+    y, x = np.argwhere(truth["labels"][frame] == label).mean(0) + .5
+    return x/truth["labels"].shape[2], y/truth["labels"].shape[1]
+
+def click_picture(n, x, y):
+    box = part(n, ".avnb-stage").bounding_box()
+    n.page.mouse.click(box["x"] + x*box["width"], box["y"] + y*box["height"])
+
+def line_x(n, t):
+    "Where on the page a time of the curve lies."
+    box, dur = part(n, ".avnb-line").bounding_box(), 8.
+    return box["x"] + 46 + t/dur*(box["width"] - 56), box["y"] + 40
+
+def brush(n, a, b):
+    x0, y = line_x(n, a); x1, _ = line_x(n, b)
+    n.page.mouse.move(x0, y); n.page.mouse.down(); n.page.mouse.move((x0 + x1)/2, y, steps=3); n.page.mouse.move(x1, y, steps=3); n.page.mouse.up()
+
+def fresh(n):
+    n.python("b.playing = False; b.region = b.span = None; b.language, b.head, b.opacity, b.time_s = 'en', 'all', .8, 0.")
+    n.page.wait_for_timeout(150)
+
+
+@needs_chromium
+def test_clip_runs_and_appears(clip):
+    assert clip.failed() == []
+    assert clip.took < 20, f"{clip.took:.1f} s from Run All to the first draw"   # 10 s on a machine that does nothing else
+    print(f"first draw {clip.took:.1f} s after Run All")
+
+
+@needs_chromium
+def test_heat_follows_the_sound(clip):
+    fresh(clip)
+    seen, times = set(), []
+    part(clip, ".avnb-play").click()
+    for _ in range(8):
+        clip.page.wait_for_timeout(160)
+        seen.add(pixels(clip)); times.append(js(clip, "root.avnb.time()"))
+    assert part(clip, ".avnb-play").get_attribute("aria-label") == "pause"
+    film = js(clip, "root.avnb.video.currentTime"); now = js(clip, "root.avnb.time()")
+    part(clip, ".avnb-play").click()
+    assert times == sorted(times) and times[-1] - times[0] > .6
+    assert len(seen) >= 3, "the overlay stands still while the clip plays"
+    assert abs(film - now) < .35, (film, now)
+    assert clip.wait_python("not b.playing and abs(b.time_s - %f) < .5" % now)
+
+
+@needs_chromium
+def test_click_answers_when_it_sounds(clip, truth):
+    fresh(clip)
+    for label, name in ((1, "dog"), (2, "siren")):
+        click_picture(clip, *middle(truth, label))
+        curve = np.max([c["y"] for c in js(clip, "root.avnb.curves()")], 0)
+        peak = (curve.argmax() + .5)/50
+        assert any(a - .1 <= peak <= b + .1 for a, b, n in truth["spans"] if n == name), (name, peak)
+        assert clip.wait_python("b.region is not None")
+    # what the page computes from bytes is what Python computes from the arrays, to half a step a place
+    clip.python("b.head = b.clip.heads[0]"); clip.page.wait_for_timeout(200)
+    exact, step = json.loads(clip.python("import json; print(json.dumps([b.curve().tolist(), b.facts['step']]))"))
+    assert np.abs(np.array(js(clip, "root.avnb.curves()")[0]["y"]) - exact).max() <= .51*step
+
+
+@needs_chromium
+def test_brush_shows_where(clip, truth):
+    fresh(clip)
+    a, b, _ = max((s for s in truth["spans"] if s[2] == "siren"), key=lambda s: s[1] - s[0])
+    brush(clip, a + .05, b - .05)
+    assert clip.wait_python("b.span is not None")
+    span = json.loads(clip.python("print(list(b.span))"))
+    assert abs(span[0] - a - .05) < .06 and abs(span[1] - b + .05) < .06
+    clip.page.wait_for_timeout(100)
+    shown = np.array(list(js(clip, "[...root.avnb.map()]"))).reshape(14, 14)
+    i, j = divmod(int(shown.argmax()), 14)
+    mask = truth["labels"][int((a + b)/2*truth["labels_fps"])] == 2
+    inside = mask.reshape(14, 8, 14, 8).mean((1, 3))[max(i - 1, 0):i + 2, max(j - 1, 0):j + 2]
+    assert mask.reshape(14, 8, 14, 8).any((1, 3))[i, j], (i, j, inside.max())
+    drawn = js(clip, "{ const c = root.querySelector('.avnb-overlay'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let best = 0, at = 0; for (let p = 0; p < d.length; p += 4) { const warm = (d[p] - d[p + 2])*d[p + 3]; if (warm > best) { best = warm; at = p/4; } } return [at % c.width/c.width, Math.floor(at/c.width)/c.height]; }")
+    assert mask[min(int(drawn[1]*112), 111), min(int(drawn[0]*112), 111)], drawn   # the warmest pixel of the canvas lies on the siren
+
+
+@needs_chromium
+def test_track_changes_what_is_heard(clip, truth):
+    fresh(clip)
+    a, b, _ = truth["words"]["en"][0]
+    heard = {}
+    for language in ("en", "zxx"):
+        part(clip, f'button[data-value="{language}"]').click()
+        clip.python(f"b.span = None; b.time_s = {a + .02}"); clip.page.wait_for_timeout(200)
+        part(clip, ".avnb-play").click()
+        clip.page.wait_for_function(f"document.querySelector('{ATTENTION}').dataset.heard === '{language}'", timeout=5000)
+        levels = []
+        while js(clip, "root.avnb.time()") < b: levels.append(js(clip, "root.avnb.level()"))
+        heard[language] = max(levels, default=0.)
+        part(clip, ".avnb-play").click()
+        assert clip.wait_python(f"b.language == '{language}'")
+    print("level at the word:", heard)
+    assert heard["en"] > 10*heard["zxx"] and heard["en"] > .01   # the word is heard, and gone where nothing is said
+    maps = [json.loads(clip.python(f"import json; b.language, b.time_s = '{k}', {a + .1}; print(json.dumps(float(b.map().abs().max())))")) for k in ("en", "zxx")]
+    assert maps[1] == 0 < maps[0]                                # and where nothing is heard, nothing is drawn
+
+
+@needs_chromium
+def test_scrubbing_stays_in_the_page(clip):
+    fresh(clip); clip.page.wait_for_timeout(300)
+    box = part(clip, ".avnb-scrub").bounding_box()
+    clip.page.mouse.move(box["x"] + 8, box["y"] + box["height"]/2); clip.page.mouse.down()
+    clip.page.wait_for_timeout(100)
+    before, seen, looks = len(clip.sent), set(), []
+    for k in range(30):
+        clip.page.mouse.move(box["x"] + 8 + k*(box["width"] - 16)/40, box["y"] + box["height"]/2); clip.page.wait_for_timeout(15)
+        seen.add(pixels(clip)); looks.append(js(clip, "+root.dataset.token"))
+    during = len(clip.sent) - before
+    clip.page.mouse.up()
+    assert len(set(looks)) > 15 and len(seen) > 5
+    assert during == 0, f"{during} messages went to the kernel while scrubbing"
+    assert clip.wait_python("b.time_s > 3")
+
+
+@needs_chromium
+def test_keys(clip):
+    fresh(clip)
+    part(clip, ".avnb-stage").focus()
+    clip.page.keyboard.press("ArrowRight"); clip.page.keyboard.press("Shift+ArrowRight")
+    assert clip.wait_python("abs(b.time_s - 1.1) < .02")
+    clip.python("b.time_s = 2.5"); clip.page.wait_for_timeout(200)
+    shown = pixels(clip); clip.page.keyboard.press("h"); clip.page.wait_for_timeout(150)
+    assert pixels(clip) == 0 != shown
+    clip.page.keyboard.press("h")
+    clip.page.keyboard.press("Space"); clip.page.wait_for_timeout(300)
+    assert clip.wait_python("b.playing")
+    clip.page.keyboard.press("Space")
+    assert clip.wait_python("not b.playing")
+    clip.python("b.region = (.1, .1, .3, .3)"); clip.page.wait_for_timeout(200)
+    clip.page.keyboard.press("Escape")
+    assert clip.wait_python("b.region is None")
+
+
+@needs_chromium
+def test_python_and_page_agree(clip):
+    fresh(clip)
+    clip.python("b.time_s, b.region, b.span, b.opacity, b.language, b.head = 4.25, (.25, .5, .5, .75), (4., 5.), .35, 'fr', b.clip.heads[1]")
+    clip.page.wait_for_timeout(400)
+    seen = js(clip, "({ box: root.querySelector('.avnb-region').style.cssText, hidden: root.querySelector('.avnb-region').hidden, clock: root.querySelector('.avnb-clock').textContent, opacity: root.querySelector('.avnb-opacity input').value, pressed: [...root.querySelectorAll('.avnb-choices [aria-pressed=true]')].map(b => b.dataset.value) })")
+    assert not seen["hidden"] and "left: 25%" in seen["box"] and "width: 25%" in seen["box"]
+    assert seen["clock"] == "mean 4.00 to 5.00 s" and seen["opacity"] == "0.35"
+    assert seen["pressed"] == ["fr", clip.python("print(b.head)")]
+    part(clip, f'button[data-value="{clip.python("print(b.clip.heads[0])")}"]').click()
+    assert clip.wait_python("b.head == b.clip.heads[0]")
+    clip.python("b.playing = True"); clip.page.wait_for_timeout(500)
+    assert js(clip, "root.avnb.time()") > 4.1
+    clip.python("b.playing = False")
+    assert clip.python("f = b.figure(); print(len(f.axes) >= 3)") == "True"
+    assert "did you mean" in clip.python("try: b.head = 'haed 1'\nexcept ValueError as e: print(e)")
+
+
+@needs_chromium
+def test_probes_play_and_list(probes):
+    n = probes
+    assert n.failed() == []
+    assert n.took < 25, f"{n.took:.1f} s from Run All to the first draw"
+    row = int(n.python("r = p.gallery.rows; p.colour_by = 'label'; i = next(i for i in range(len(p.gallery)) if r['split'][i] == 'test' and r['language'][i] == 'zxx'); print(i)"))
+    n.page.wait_for_timeout(300)
+    # the row whose mark lies on top there may be another: what is hit is what is chosen
+    x, y = js(n, f"root.avnb.at({row})", PROBES)
+    n.page.mouse.move(x, y); n.page.wait_for_timeout(200)
+    assert n.page.locator(f"{PROBES} .avnb-tip img").first.evaluate("i => i.naturalWidth") > 32
+    n.page.mouse.click(x, y)
+    assert n.wait_python("p.chosen >= 0 and len(p.neighbours) >= 8")
+    n.page.wait_for_function(f"document.querySelector('{PROBES}').dataset.played", timeout=20_000)
+    assert js(n, "root.dataset.played", PROBES) == n.python("print('|'.join([p.row['id'], p.row['language'], p.row['modality']]))")
+    kinds = {tuple(k) for k in json.loads(n.python("import json; print(json.dumps([[q['modality'], q['language']] for q in p.neighbours]))"))}
+    assert {("video", ""), ("audio", "en"), ("audio", "ja")} <= kinds
+    assert n.page.locator(f"{PROBES} .avnb-neighbour").count() == int(n.python("print(len(p.neighbours))"))
+
+
+@needs_chromium
+def test_probes_sound_and_neighbour(probes):
+    n = probes
+    row = int(n.python("r = p.gallery.rows; i = next(i for i in range(len(p.gallery)) if r['split'][i] == 'test' and r['language'][i] == 'en'); p.chosen = i; print(i)"))
+    n.page.wait_for_timeout(300)
+    n.page.locator(f"{PROBES} .avnb-again").click()
+    n.page.wait_for_function(f"document.querySelector('{PROBES}').avnb.level() > .005", timeout=20_000)
+    other = n.page.locator(f"{PROBES} .avnb-neighbour").first
+    wanted = int(other.get_attribute("data-row"))
+    other.click()
+    assert wanted != row and n.wait_python(f"p.chosen == {wanted}")
+
+
+@needs_chromium
+def test_cells_runs_and_protocols(probes):
+    n = probes
+    n.python("p.run, p.protocol, p.split = 'B5', 'sound class', 'test'"); n.page.wait_for_timeout(400)
+    cell = n.page.locator(f"{PROBES} .avnb-cell:not(.diagonal):not([disabled])").first
+    count, (is_, called) = int(cell.inner_text()), cell.get_attribute("data-cell").split("\t")
+    cell.click()
+    assert n.page.locator(f"{PROBES} .avnb-listed .avnb-neighbour").count() == count
+    assert n.wait_python(f"p.cell == ({is_!r}, {called!r})")
+    listed = int(n.page.locator(f"{PROBES} .avnb-listed .avnb-neighbour").first.get_attribute("data-row"))
+    assert n.python(f"print(p.gallery.rows['label'][{listed}], p.gallery.rows['prediction'][{listed}])") == f"{is_} {called}"
+    assert n.page.locator(f"{PROBES} .avnb-figures .avnb-row").count() > 30 and "before (B3)" in n.page.locator(f"{PROBES} .avnb-rules").inner_text()
+    n.page.locator(f"{PROBES} select[aria-label=run]").select_option("random init")
+    assert n.wait_python("p.run == 'random init' and p.gallery.name == 'random init'")
+    n.page.locator(f"{PROBES} select[aria-label=protocol]").select_option("background")
+    assert n.wait_python("p.protocol == 'background'")
+    n.python("p.run, p.colour_by = 'B5', 'language'"); n.page.wait_for_timeout(400)
+    assert n.page.locator(f"{PROBES} select[aria-label=run]").input_value() == "B5"
+    assert "Japanese" in n.page.locator(f"{PROBES} .avnb-mapkey").inner_text()
+
+
+@needs_chromium
+def test_dubs_play(probes):
+    n = probes
+    n.page.locator(".avnb-dubs button[data-track=fr]").scroll_into_view_if_needed()
+    n.page.locator(".avnb-dubs button[data-track=fr]").click()
+    n.page.wait_for_function("document.querySelector('.avnb-dubs').dataset.played === 'fr' && document.querySelector('.avnb-dubs').avnb.level() > .005", timeout=20_000)
+    assert n.wait_python("d.track == 'fr'")
+    other = n.python("d.scene = d.facts['scenes'][5][0]; print(d.scene)"); n.page.wait_for_timeout(300)
+    assert js(n, "root.dataset.scene", ".avnb-dubs") == other
+    n.page.locator(".avnb-dubs select").select_option(index=2)
+    assert n.wait_python("d.scene == d.facts['scenes'][2][0]")
+
+
+@needs_chromium
+def test_nothing_went_wrong_or_away(clip, probes):
+    for n in (clip, probes):
+        assert n.errors == [], n.errors
+        assert n.away == [], n.away
+
+
+def test_wheel_holds_what_browsers_need(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "avnb", source / "avnb", ignore=shutil.ignore_patterns("__pycache__"))
+    for f in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy2(ROOT / f, source / f)
+    made = subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check", "-w", str(tmp_path), str(source)], capture_output=True, text=True, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr[-800:]
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as z: inside = {Path(x.filename).name: x.file_size for x in z.infolist() if x.filename.startswith("avnb/static/")}
+    here = {f.name: f.stat().st_size for f in (ROOT / "avnb" / "static").iterdir()}
+    assert inside == here
+    assert sum(here.values()) < 1_000_000
