@@ -13,10 +13,10 @@ from pathlib import PurePosixPath
 from .catalogue import Cutout
 from .core import rng
 
-# %% ../nbs/11_cutouts.ipynb #d3968787
+# %% ../nbs/11_cutouts.ipynb #53b17502
 FAMILIES = {
     "bird":      ("animals/birds/*", "seasonal/easter/chick*"),
-    "insect":    ("animals/insects/*", "animals/insects/cartoon/*", "seasonal/easter/butterfly", "seasonal/halloween/spider"),
+    "bug":       ("animals/insects/*", "animals/insects/cartoon/*", "seasonal/easter/butterfly", "seasonal/halloween/spider"),
     "hoofed":    ("mammals/bovines/*", "mammals/camel/*", "mammals/deer/*", "mammals/equines/*", "mammals/pig*", "mammals/wildboar", "mammals/elephant", "mammals/hippopotamus", "mammals/giraffe", "mammals/rhino_black"),
     "beast":     ("mammals/cats/*", "mammals/dogs/*", "mammals/bears/*", "mammals/apes/*", "seasonal/halloween/blackcat", "marsupials/koala"),
     "rodent":    ("mammals/rodents/*", "mammals/ferret", "mammals/badger", "mammals/hedgehog", "mammals/rabbit_little"),
