@@ -13,7 +13,7 @@ import numpy as np
 
 from .shapes import BACKGROUNDS, background
 
-# %% ../nbs/11_collage.ipynb #1507b4a5
+# %% ../nbs/11_collage.ipynb #8c8fd999
 SIZE = 112 # px of a side of the picture
 
 @lru_cache(maxsize=256)
@@ -41,6 +41,7 @@ def patch(
     im = im.rotate(turn, Image.Resampling.BICUBIC, expand=True).convert("RGBA")
     return np.asarray(im)[:, ::-1] if mirrored else np.asarray(im)
 
+# %% ../nbs/11_collage.ipynb #2e7ba688
 def paste(
     frame:np.ndarray, # (H, W, 3) uint8, changed
     label:np.ndarray, # (H, W) uint8, changed
