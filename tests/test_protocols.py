@@ -119,7 +119,7 @@ def test_a_link_never_leads_out(tmp_path):
     (tmp_path / "shelf").symlink_to(tmp_path / "media") # the folder itself may be one
     (tmp_path / "esc50.csv").write_text("filename,fold,category\n1-A.wav,1,dog\n2-A.wav,2,dog\n3-A.wav,3,dog\nmore/1-A.wav,4,dog\n")
     found = read_listing("esc50", tmp_path, tmp_path / "shelf")
-    assert [e.id for e in found.items] == ["2-A.wav", "3-A.wav"] and len(found.missing) == 2 and "link leads out" in found.missing[0][1]
+    assert [e.id for e in found.items] == ["2-A.wav", "3-A.wav"] and len(found.missing) == 2 and "link leads out" in found.missing[0][1] and "not searched: more" in found.missing[1][1]
 
 
 @pytest.mark.quick
