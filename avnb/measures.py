@@ -88,7 +88,7 @@ def all_scores(
             else: out[a, v] = torch.einsum("akd,vkd->av", sounds, films)/parts
     return out
 
-# %% ../nbs/53_measures.ipynb #41e8170d
+# %% ../nbs/53_measures.ipynb #2e68d003
 def shared(labels:list)->np.ndarray: # (N, N) bool: do clips have a class in common?
     names = {c: i for i, c in enumerate(sorted({c for own in labels for c in own}))}
     told = np.zeros((len(labels), max(len(names), 1)), dtype=np.float32)
@@ -108,12 +108,12 @@ def retrieval_figures(
         for k in (1, 5, 10): out[f"{way}/R@{k}"], chance[f"{way}/R@{k}"] = with_interval((rank <= k).double()), {"value": round(min(k/n, 1), 4)}
         for row, r, t in zip(each, rank.tolist(), ties.tolist(), strict=True): row |= {f"{way}/rank": r, f"{way}/ties": t}
         if same is None: continue
-        hit = same[np.arange(n), square.argmax(1).numpy()]
+        hit = square.masked_fill(~torch.from_numpy(same), -torch.inf).amax(1) >= square.amax(1) # as R@1: ties do no harm
         ap = [float(ranked(s, y.astype(int), np.ones((1, n)))[0][0]) for s, y in zip(square.double().numpy(), same, strict=True)]
-        out |= {f"{way}/class R@1": with_interval(hit.astype(float)), f"{way}/class mAP": with_interval(np.array(ap))}
-        chance |= {f"{way}/class {name}": {"value": round(float(same.mean()), 4)} for name in ("R@1", "mAP")}
-        for row, x in zip(each, ap, strict=True): row[f"{way}/class AP"] = round(x, 4)
-    return {"metrics": out | {k: {"value": round(float(v), 4)} for k, v in retrieval(scores).items() if k not in out}, "baselines": {"chance": chance}, "items": each}
+        out |= {f"{way}/class_R@1": with_interval(hit.double()), f"{way}/class_mAP": with_interval(np.array(ap))}
+        chance |= {f"{way}/class_{name}": {"value": round(float(same.mean()), 4)} for name in ("R@1", "mAP")}
+        for row, x in zip(each, ap, strict=True): row[f"{way}/class_AP"] = round(x, 4)
+    return {"metrics": out | {k: {"value": round(float(v), 4)} for k, v in retrieval(scores).items() if k not in out}, "baselines": {"random": chance}, "items": each}
 
 def ask_retrieval(
     model:Embedder,
@@ -126,7 +126,7 @@ def ask_retrieval(
     asked, _, broken = gathered(items, both, "embed")
     return retrieval_figures(all_scores(model, asked, parts), asked) | {"broken": broken}
 
-# %% ../nbs/53_measures.ipynb #6a8b6ca8
+# %% ../nbs/53_measures.ipynb #556b53e4
 LEVELS = torch.linspace(0, 1, 255, dtype=torch.float64)
 
 def map_figures(
@@ -138,14 +138,14 @@ def map_figures(
     inside, decided = truth > 0, heat.dtype == torch.bool
     if not masks:
         c = ciou_each(heat[None], truth[None])[0]
-        out = {"cIoU": float(c >= .5), "AUC": float(torch.trapezoid((c >= torch.arange(21)/20).double(), torch.arange(21)/20)), "mean IoU": float(c)}
-        return out if decided else out | {"pointing": float(pointing_each(heat[None], inside[None])[0]), "adaptive IoU": area_matched_iou(heat[None], inside[None])}
+        out = {"cIoU": float(c >= .5), "AUC": float(torch.trapezoid((c >= torch.arange(21)/20).double(), torch.arange(21)/20)), "cIoU_mean": float(c)}
+        return out if decided else out | {"pointing": float(pointing_each(heat[None], inside[None])[0]), "area_iou": area_matched_iou(heat[None], inside[None])}
     hot, x = (heat if decided else heat > .5), heat.double()
-    if not inside.any(): return {"mIoU": float((~hot).double().mean())}
+    if not inside.any(): return {"M_J": float((~hot).double().mean())}
     above = lambda which: torch.bincount(torch.bucketize(x[which], LEVELS, right=True), minlength=256).flip(0).cumsum(0).flip(0)[1:].double() # pixels at or above each level
     hit, found = above(inside), above(torch.ones_like(inside))
     p, r = hit/found.clamp(min=1), hit/inside.sum()
-    return {"mIoU": float((hot & inside).sum()/(hot | inside).sum()), "F": 1.3*p*r/(.3*p + r).clamp(min=1e-12)} | ({} if decided else {"pointing": float(pointing_each(heat[None], inside[None])[0])})
+    return {"M_J": float((hot & inside).sum()/(hot | inside).sum()), "M_F": 1.3*p*r/(.3*p + r).clamp(min=1e-12)} | ({} if decided else {"pointing": float(pointing_each(heat[None], inside[None])[0])})
 
 def best_f(
     curves:list,  # (255,) of each clip
@@ -191,7 +191,7 @@ def model_maps(
 
 def full(x:Tensor, size:int=SIDE)->Tensor: return x.expand(size, size) if x.dtype == torch.bool else to_size(x[None], (size, size))[0]
 
-# %% ../nbs/53_measures.ipynb #2b2290d8
+# %% ../nbs/53_measures.ipynb #6ec623d5
 def ask_localisation(
     model:Embedder,
     items:list,
@@ -213,13 +213,13 @@ def ask_localisation(
             each.setdefault(k, []).append((e, map_figures(full(x), truth, masks)))
     if len(empty) == len(asked): raise ValueError(f"maps: the truth of all {len(empty)} pictures is empty.")
     found = {k: localisation_told(told, masks) for k, told in each.items()}
-    rows = [{"id": e.id, "label": e.label} | {k: v for k, v in r.items() if k != "F"} for e, r in each["basic"]]
+    rows = [{"id": e.id, "label": e.label} | {k: v for k, v in r.items() if k != "M_F"} for e, r in each["basic"]]
     return {"metrics": found.pop("basic"), "baselines": found, "items": rows, "broken": broken, "empty": empty}
 
 def localisation_told(each:list, masks:bool)->dict: # (Entry, what its map gave) -> {figure: ...}
     groups = [e.group for e, _ in each]
-    told = summed([{k: v for k, v in r.items() if k != "F"} for _, r in each], groups)
-    return told | ({"F": best_f([r["F"] for _, r in each if "F" in r], [g for g, (_, r) in zip(groups, each, strict=True) if "F" in r])} if masks else {})
+    told = summed([{k: v for k, v in r.items() if k != "M_F"} for _, r in each], groups)
+    return told | ({"M_F": best_f([r["M_F"] for _, r in each if "M_F" in r], [g for g, (_, r) in zip(groups, each, strict=True) if "M_F" in r])} if masks else {})
 
 # %% ../nbs/53_measures.ipynb #2b858578
 def class_figures(
