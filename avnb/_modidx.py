@@ -729,6 +729,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'avnb.measures.clustered': ('measures.html#clustered', 'avnb/measures.py'),
                                'avnb.measures.full': ('measures.html#full', 'avnb/measures.py'),
                                'avnb.measures.gathered': ('measures.html#gathered', 'avnb/measures.py'),
+                               'avnb.measures.localisation_told': ('measures.html#localisation_told', 'avnb/measures.py'),
                                'avnb.measures.map_figures': ('measures.html#map_figures', 'avnb/measures.py'),
                                'avnb.measures.model_maps': ('measures.html#model_maps', 'avnb/measures.py'),
                                'avnb.measures.probed': ('measures.html#probed', 'avnb/measures.py'),

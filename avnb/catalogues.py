@@ -55,7 +55,7 @@ def stem_of(name:str)->str: # names of clips may hold dots
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in KINDS["picture"] + AUDIO_SUFFIXES else name
 
-# %% ../nbs/53_catalogues.ipynb #0fd49644
+# %% ../nbs/53_catalogues.ipynb #04d7922f
 class Shelf:
     "A media folder, indexed once."
     def __init__(self,
@@ -63,8 +63,10 @@ class Shelf:
     ):
         self.root = Path(os.path.realpath(folder))
         if not self.root.is_dir(): raise FileNotFoundError(f"{folder}: no such folder; needed the folder that your media are in.")
-        self.found:dict = {} # stem -> [path below the root]
+        self.found:dict = {}   # stem -> [path below the root]
+        self.links:list = []   # folders that are links: not searched
         for at, folders, names in os.walk(self.root):
+            self.links += [n for n in folders if Path(at, n).is_symlink()]
             folders[:] = sorted(n for n in folders if not n.startswith("."))
             for n in sorted(names):
                 if not n.startswith(".") and n.lower().endswith(KINDS["picture"] + AUDIO_SUFFIXES):
@@ -82,7 +84,8 @@ class Shelf:
                 real = Path(os.path.realpath(self.root/p))
                 if self.root in real.parents and real.is_file(): return self.root/p
                 leaving = True
-        return f"no {kind} {names[0]!r}" + (": its link leads out of the media folder, or nowhere" if leaving else "")
+        unseen = f" (folders that are links are not searched: {', '.join(sorted(self.links)[:3])})"*bool(self.links)
+        return f"no {kind} {names[0]!r}" + (": its link leads out of the media folder, or nowhere" if leaving else unseen)
 
 # %% ../nbs/53_catalogues.ipynb #b37a1a84
 @dataclass(frozen=True)

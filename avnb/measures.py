@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BUDGET', 'LEVELS', 'PROBES', 'gathered', 'clustered', 'summed', 'all_scores', 'shared', 'retrieval_figures',
            'ask_retrieval', 'map_figures', 'best_f', 'another', 'rule_maps', 'model_maps', 'full', 'ask_localisation',
-           'class_figures', 'ask_segmentation', 'by_split', 'probed', 'answers_figure', 'ask_probes']
+           'localisation_told', 'class_figures', 'ask_segmentation', 'by_split', 'probed', 'answers_figure',
+           'ask_probes']
 
-# %% ../nbs/53_measures.ipynb #e93fc00d
+# %% ../nbs/53_measures.ipynb #392b117f
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from .catalogues import Entry
 from .embedders import Embedder, pictures_of, squared
 from .heads import pair_scores
 from .masks import SIDE, truth_of
-from .metrics import area_matched_iou, best_iou, centre_heat, ciou_each, contrast_saliency, everything, pointing_each, random_heat, ranks, retrieval, segmentation, to_size, with_interval
+from .metrics import area_matched_iou, centre_heat, ciou_each, contrast_saliency, everything, pointing_each, random_heat, ranks, retrieval, segmentation, to_size, with_interval
 from .mlp import MLPConfig
 from .probes import hear_probe, knn_probe, linear_probe
 
@@ -87,7 +88,7 @@ def all_scores(
             else: out[a, v] = torch.einsum("akd,vkd->av", sounds, films)/parts
     return out
 
-# %% ../nbs/53_measures.ipynb #41e8170d
+# %% ../nbs/53_measures.ipynb #2e68d003
 def shared(labels:list)->np.ndarray: # (N, N) bool: do clips have a class in common?
     names = {c: i for i, c in enumerate(sorted({c for own in labels for c in own}))}
     told = np.zeros((len(labels), max(len(names), 1)), dtype=np.float32)
@@ -107,12 +108,12 @@ def retrieval_figures(
         for k in (1, 5, 10): out[f"{way}/R@{k}"], chance[f"{way}/R@{k}"] = with_interval((rank <= k).double()), {"value": round(min(k/n, 1), 4)}
         for row, r, t in zip(each, rank.tolist(), ties.tolist(), strict=True): row |= {f"{way}/rank": r, f"{way}/ties": t}
         if same is None: continue
-        hit = same[np.arange(n), square.argmax(1).numpy()]
+        hit = square.masked_fill(~torch.from_numpy(same), -torch.inf).amax(1) >= square.amax(1) # as R@1: ties do no harm
         ap = [float(ranked(s, y.astype(int), np.ones((1, n)))[0][0]) for s, y in zip(square.double().numpy(), same, strict=True)]
-        out |= {f"{way}/class R@1": with_interval(hit.astype(float)), f"{way}/class mAP": with_interval(np.array(ap))}
-        chance |= {f"{way}/class {name}": {"value": round(float(same.mean()), 4)} for name in ("R@1", "mAP")}
-        for row, x in zip(each, ap, strict=True): row[f"{way}/class AP"] = round(x, 4)
-    return {"metrics": out | {k: {"value": round(float(v), 4)} for k, v in retrieval(scores).items() if k not in out}, "baselines": {"chance": chance}, "items": each}
+        out |= {f"{way}/class_R@1": with_interval(hit.double()), f"{way}/class_mAP": with_interval(np.array(ap))}
+        chance |= {f"{way}/class_{name}": {"value": round(float(same.mean()), 4)} for name in ("R@1", "mAP")}
+        for row, x in zip(each, ap, strict=True): row[f"{way}/class_AP"] = round(x, 4)
+    return {"metrics": out | {k: {"value": round(float(v), 4)} for k, v in retrieval(scores).items() if k not in out}, "baselines": {"random": chance}, "items": each}
 
 def ask_retrieval(
     model:Embedder,
@@ -125,42 +126,41 @@ def ask_retrieval(
     asked, _, broken = gathered(items, both, "embed")
     return retrieval_figures(all_scores(model, asked, parts), asked) | {"broken": broken}
 
-# %% ../nbs/53_measures.ipynb #3d46ca95
-LEVELS = torch.linspace(0, 1, 255)
+# %% ../nbs/53_measures.ipynb #556b53e4
+LEVELS = torch.linspace(0, 1, 255, dtype=torch.float64)
 
 def map_figures(
     heat:Tensor,  # (H, W); bool: already decided
     truth:Tensor, # (H, W) from 0 to 1
-    masks:bool,   # AVSBench's figures, else VGG-SS's
-)->dict:          # {figure: number}; "curve": (2, 255) precision and recall
+    masks:bool,   # AVSBench's figures, for heat from 0 to 1; else VGG-SS's
+)->dict:          # {figure: number}; AVSBench's F: (255,)
     "What one map gives."
     inside, decided = truth > 0, heat.dtype == torch.bool
     if not masks:
         c = ciou_each(heat[None], truth[None])[0]
-        out = {"cIoU": float(c >= .5), "AUC": float(torch.trapezoid((c >= torch.arange(21)/20).double(), torch.arange(21)/20)), "mean IoU": float(c)}
-        return out if decided else out | {"pointing": float(pointing_each(heat[None], inside[None])[0]), "adaptive IoU": area_matched_iou(heat[None], inside[None])}
-    x = heat.float() if decided else (heat - heat.min())/(heat.max() - heat.min()).clamp(min=1e-12)
-    hot = x > .5
-    above = lambda which: torch.bincount(torch.bucketize(x[which], LEVELS), minlength=256).flip(0).cumsum(0).flip(0)[1:].double() # pixels above each level
-    hit, miss = above(inside), above(~inside)
-    curve = torch.stack([hit/(hit + miss).clamp(min=1), hit/inside.sum()])
-    return {"mIoU": float((hot & inside).sum()/(hot | inside).sum()), "curve": curve} | ({} if decided else {"pointing": float(pointing_each(heat[None], inside[None])[0])})
+        out = {"cIoU": float(c >= .5), "AUC": float(torch.trapezoid((c >= torch.arange(21)/20).double(), torch.arange(21)/20)), "cIoU_mean": float(c)}
+        return out if decided else out | {"pointing": float(pointing_each(heat[None], inside[None])[0]), "area_iou": area_matched_iou(heat[None], inside[None])}
+    hot, x = (heat if decided else heat > .5), heat.double()
+    if not inside.any(): return {"M_J": float((~hot).double().mean())}
+    above = lambda which: torch.bincount(torch.bucketize(x[which], LEVELS, right=True), minlength=256).flip(0).cumsum(0).flip(0)[1:].double() # pixels at or above each level
+    hit, found = above(inside), above(torch.ones_like(inside))
+    p, r = hit/found.clamp(min=1), hit/inside.sum()
+    return {"M_J": float((hot & inside).sum()/(hot | inside).sum()), "M_F": 1.3*p*r/(.3*p + r).clamp(min=1e-12)} | ({} if decided else {"pointing": float(pointing_each(heat[None], inside[None])[0])})
 
 def best_f(
-    curves:list,  # (2, 255) of each clip
+    curves:list,  # (255,) of each clip
     groups:list,
     n:int=1000,   # resamples
 )->dict:
-    "F of the best threshold over all clips, beta squared .3."
+    "F of the best threshold over all clips."
     x, at = torch.stack(curves), torch.tensor(np.unique(np.asarray(groups), return_inverse=True)[1].ravel())
-    f = lambda pr: (1.3*pr[..., 0, :]*pr[..., 1, :]/(.3*pr[..., 0, :] + pr[..., 1, :]).clamp(min=1e-12)).amax(-1)
     counts = torch.zeros(n, int(at.max()) + 1, dtype=torch.float64)
     draw = torch.randint(counts.shape[1], counts.shape, generator=torch.Generator().manual_seed(0))
     weights = counts.scatter_add_(1, draw, torch.ones_like(counts))[:, at]
-    lo, hi = f((weights @ x.flatten(1)/weights.sum(1, keepdim=True)).unflatten(1, (2, -1))).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
-    return {"value": round(f(x.mean(0)).item(), 4), "lo": round(lo, 4), "hi": round(hi, 4), "n": len(x)}
+    lo, hi = (weights @ x/weights.sum(1, keepdim=True)).amax(1).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
+    return {"value": round(x.mean(0).amax().item(), 4), "lo": round(lo, 4), "hi": round(hi, 4), "n": len(x)}
 
-# %% ../nbs/53_measures.ipynb #9ffcbab7
+# %% ../nbs/53_measures.ipynb #a06628bf
 def another(items:list, n:int)->Entry|None:
     "A clip of another film, and of another class if there is one; None if all are of one film."
     later = [*items[n + 1:], *items[:n]]
@@ -171,11 +171,11 @@ def rule_maps(
     e:Entry,
     n:int,       # its number
     how:str,     # how its picture is cut
-    size:int=SIDE,
+    size:int=SIDE//4, # what stands out is no matter of single pixels
 )->dict:         # {rule: (h, w)}
     "Maps that know nothing of the sound, at any size."
-    small = squared(pictures_of(e), size//4, how) # what stands out is no matter of single pixels
-    return {"everything": everything(1, size, size)[0], "centre": centre_heat(size, size), "saliency": contrast_saliency(small)[0], "random": random_heat(1, 14, 14, n)}
+    frame = squared(pictures_of(e), size, how)
+    return {"everything": everything(1, 1, 1)[0], "centre": centre_heat(size, size), "saliency": contrast_saliency(frame)[0], "random": random_heat(1, 14, 14, n)[0]}
 
 def model_maps(
     model:Embedder,
@@ -189,32 +189,39 @@ def model_maps(
     if model.dense and other is not None: maps["another's sound"] = model.heat(replace(e, sound=other.sound, moment=e.moment and other.moment, span=None), how)["basic"]
     return maps
 
-def full(x:Tensor, size:int=SIDE)->Tensor: return x if x.dtype == torch.bool else to_size(x[None] if x.ndim == 2 else x, (size, size))[0]
+def full(x:Tensor, size:int=SIDE)->Tensor: return x.expand(size, size) if x.dtype == torch.bool else to_size(x[None], (size, size))[0]
 
-# %% ../nbs/53_measures.ipynb #848f4f6b
+# %% ../nbs/53_measures.ipynb #6ec623d5
 def ask_localisation(
     model:Embedder,
     items:list,
     masks:bool=False, # AVSBench's figures
 )->dict: # {"metrics", "baselines", "items", "broken", "empty"}
     "Where in the picture is what sounds."
-    order, empty, found = {e.id: n for n, e in enumerate(items)}, [], {}
-    def one(e):
+    order, empty, each = {e.id: n for n, e in enumerate(items)}, [], {}
+    def small(e):
+        truth_of(e, "squash") # a mask that cannot be read is found now
+        return rule_maps(e, order[e.id], "squash") | model_maps(model, items, order[e.id], "squash")
+    asked, maps, broken = gathered(items, small, "maps")
+    ends = {k: (min(m[k].min() for m in maps if k in m), max(m[k].max() for m in maps if k in m)) for m in maps for k in m if m[k].dtype != torch.bool} if masks else {}
+    for e, own in zip(asked, maps, strict=True):
         truth = truth_of(e, "squash")
-        if not truth.any(): empty.append(e.id); return None
-        maps = rule_maps(e, order[e.id], "squash") | model_maps(model, items, order[e.id], "squash")
-        return {name: map_figures(full(x), truth, masks) for name, x in maps.items()}
-    asked, each, broken = gathered(items, one, "maps")
-    asked, each = zip(*((e, r) for e, r in zip(asked, each, strict=True) if r), strict=True) if any(each) else ([], [])
-    if not asked: raise ValueError(f"maps: the truth of all {len(empty)} frames is empty.")
-    for name in dict.fromkeys(k for r in each for k in r):
-        some = [(r[name], e.group) for r, e in zip(each, asked, strict=True) if name in r]
-        plain = [{k: v for k, v in r.items() if k != "curve"} for r, _ in some]
-        found[name] = summed(plain, [g for _, g in some]) | ({"F": best_f([r["curve"] for r, _ in some], [g for _, g in some])} if masks else {})
-    rows = [{"id": e.id, "label": e.label} | {k: v for k, v in r["basic"].items() if k != "curve"} for e, r in zip(asked, each, strict=True)]
+        if not truth.any(): empty.append(e.id)
+        if not truth.any() and not masks: continue
+        for k, x in own.items():
+            x = (x - ends[k][0])/(ends[k][1] - ends[k][0]).clamp(min=1e-12) if k in ends else x
+            each.setdefault(k, []).append((e, map_figures(full(x), truth, masks)))
+    if len(empty) == len(asked): raise ValueError(f"maps: the truth of all {len(empty)} pictures is empty.")
+    found = {k: localisation_told(told, masks) for k, told in each.items()}
+    rows = [{"id": e.id, "label": e.label} | {k: v for k, v in r.items() if k != "M_F"} for e, r in each["basic"]]
     return {"metrics": found.pop("basic"), "baselines": found, "items": rows, "broken": broken, "empty": empty}
 
-# %% ../nbs/53_measures.ipynb #2fa722cf
+def localisation_told(each:list, masks:bool)->dict: # (Entry, what its map gave) -> {figure: ...}
+    groups = [e.group for e, _ in each]
+    told = summed([{k: v for k, v in r.items() if k != "M_F"} for _, r in each], groups)
+    return told | ({"M_F": best_f([r["M_F"] for _, r in each if "M_F" in r], [g for g, (_, r) in zip(groups, each, strict=True) if "M_F" in r])} if masks else {})
+
+# %% ../nbs/53_measures.ipynb #2b858578
 def class_figures(
     heat:Tensor,  # (N, H, W); bool: everything
     truth:Tensor, # (N, H, W) 0 or 1
@@ -240,7 +247,7 @@ def ask_segmentation(
         every = [m | rule_maps(e, order[e.id], "square") for e, m in mine]
         for rule in [k for k in every[0] if all(k in m for m in every)]: found.setdefault(rule, []).append(class_figures(torch.stack([full(m[rule]) for m in every]), truth))
         for (e, m), g in zip(mine, truth, strict=True):
-            if g.any(): each.append({"id": e.id, "label": e.label, "pointing": float(pointing_each(full(m["basic"])[None], g[None])[0]), "IoU (oracle)": round(best_iou(full(m["basic"]).double(), g), 4)})
+            if g.any(): each.append({"id": e.id, "label": e.label, "pointing": float(pointing_each(full(m["basic"])[None], g[None])[0]), "IoU (oracle)": round(segmentation(full(m["basic"])[None], g[None], ["it"])["mIoU"], 4)})
     if not found: raise ValueError(f"maps: no class is in any of its {len(empty)} pictures.")
     told = {rule: summed(rows, list(range(len(rows)))) for rule, rows in found.items()}
     ours = {rule: told.pop(rule) for rule in ("basic", "advanced") if rule in told}
