@@ -978,6 +978,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'avnb.processes.gather': ('processes.html#gather', 'avnb/processes.py')},
             'avnb.progress': { 'avnb.progress._panels': ('progress.html#_panels', 'avnb/progress.py'),
                                'avnb.progress._rows': ('progress.html#_rows', 'avnb/progress.py'),
+                               'avnb.progress._said': ('progress.html#_said', 'avnb/progress.py'),
                                'avnb.progress.loss_curves': ('progress.html#loss_curves', 'avnb/progress.py'),
                                'avnb.progress.schedule_curves': ('progress.html#schedule_curves', 'avnb/progress.py')},
             'avnb.prompts': { 'avnb.prompts.AtSize': ('prompts.html#atsize', 'avnb/prompts.py'),

@@ -58,7 +58,7 @@ def _is_patch(f): return any(isinstance(d, ast.Name) and d.id in ("patch", "patc
 
 def _class_of(f): return getattr(f.args.args[0].annotation, "id", "") if f.args.args else ""
 
-# %% ../nbs/90_docs.ipynb #3a9da8cc
+# %% ../nbs/90_docs.ipynb #d8b7eb23
 def api_page(
     source:str,    # of a module that nbdev exported
     name:str,      # "viz"
@@ -72,7 +72,7 @@ def api_page(
     values = {t.id: x for x in tree.body if isinstance(x, ast.Assign) for t in x.targets if isinstance(t, ast.Name)} | {x.target.id: x for x in tree.body if isinstance(x, ast.AnnAssign)}
     patched = [x for x in tree.body if isinstance(x, ast.FunctionDef) and _is_patch(x)]
     out = [f"# avnb.{name}", "", ast.get_docstring(tree) or "", "", *([f"Notebook: [{notebook[1]}](../nbs/{notebook[1]}.ipynb)", ""] if notebook else [])]
-    for n in listed:
+    for n in sorted(listed, key=lambda n: (n not in there, n not in values)): # what one calls, what one reads, what comes from elsewhere
         x = there.get(n)
         if isinstance(x, ast.ClassDef): out.append(_class(x, comments, [p for p in patched if _class_of(p) == n]))
         elif x is not None: out.append(_function(x, comments, 2))

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from .palette import DASHES, FAINT, PALETTE
 
-# %% ../nbs/02_progress.ipynb #46ad1ed1
+# %% ../nbs/02_progress.ipynb #d48b83c6
 UNITS = { # key of metrics.jsonl -> what stands on the axis; terms of the loss that are not here are in nats
-    "lr": "learning rate (per update)", "scale": "scale of similarities (1/temperature)", "grad_norm": "gradient norm (nats per unit of weight)",
+    "lr": "learning rate (per update)", "scale": "scale (1/temperature)", "grad_norm": "gradient norm (nats/weight)",
     "clips_per_s": "speed (clips/s)", "memory_mb": "memory (MiB)", "cpu_s": "processor time (s)", "epoch": "epoch", "skipped": "updates skipped (count)", "in_a_row": "skipped in a row (count)",
     "pressure": "pressure (squared similarity)", "silence": "silence term (no unit)", "variation": "variation term (no unit)", "specialisation": "specialisation term (no unit)",
     "calibration": "calibration term (squared log scale)", "temperature": "temperature term (squared log scale)", "spliced": "splice term (no unit)",
@@ -31,12 +31,14 @@ def _rows(metrics, keys):
     if empty := [key for key in keys if not len(found[key])]: raise ValueError(f"no row has {empty[0]!r}; there are {sorted({k for r in metrics for k in r})}.")
     return found
 
+def _said(x): return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
 def _panels(n, width):
     fig, axes = plt.subplots(1, n, figsize=(width*n + .8, 2.5), dpi=80, layout="constrained", squeeze=False)
     for ax in axes[0]: ax.set_xlabel("optimizer step"); ax.spines[["top", "right"]].set_visible(False); ax.margins(x=.01)
     return fig, axes[0]
 
-# %% ../nbs/02_progress.ipynb #9e811891
+# %% ../nbs/02_progress.ipynb #c420311d
 def loss_curves(
     metrics:list[dict]|str|Path,     # rows with "step", or a run's metrics.jsonl
     keys:Sequence[str]=("loss",),    # one panel each; rows without the key are passed over
@@ -53,10 +55,10 @@ def loss_curves(
         if chance is not None and not i:
             ax.axhline(chance, ls=":", lw=1, color=FAINT); ax.annotate("chance", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
         ax.set_ylabel(UNITS.get(key, f"{key} (nats)"))
-        ax.set_title(f"{key} {'falls' if mean[-1] < mean[0] else 'rises'} from {mean[0]:.3g} to {mean[-1]:.3g}", fontsize=9)
+        ax.set_title(f"{key} {'falls' if mean[-1] < mean[0] else 'rises'} from {_said(mean[0])} to {_said(mean[-1])}", fontsize=9)
     return fig
 
-# %% ../nbs/02_progress.ipynb #9bffca2e
+# %% ../nbs/02_progress.ipynb #90661d90
 def schedule_curves(
     metrics:list[dict]|str|Path,      # rows with "step", or a run's metrics.jsonl
     keys:Sequence[str]=("lr", "scale"),# one panel each, as they were, step by step
@@ -71,7 +73,7 @@ def schedule_curves(
         ax.set_ylabel(UNITS.get(key, f"{key} (nats)")); ax.set_ylim(*((0, None) if value.min() >= 0 and value.min() < value.max()/2 else (None, None)))
         best = int(value.argmax())
         inside = 0 < best < len(value) - 1 and value[best] > max(value[0], value[-1])
-        told = f"peaks at {value[best]:.3g} in step {step[best]:.0f}" if inside else f"stays at {value[0]:.3g}" if value.min() == value.max() else f"goes from {value[0]:.3g} to {value[-1]:.3g}"
+        told = f"peaks at {_said(value[best])} in step {step[best]:.0f}" if inside else f"stays at {_said(value[0])}" if value.min() == value.max() else f"goes from {_said(value[0])} to {_said(value[-1])}"
         ax.set_title(f"{key} {told}", fontsize=9)
         for k, (at, name) in enumerate((marks or {}).items()):
             ax.axvline(at, ls=DASHES[2], lw=1, color=FAINT); ax.annotate(name, (at, 1 - .12*k), xycoords=("data", "axes fraction"), xytext=(3, -2), textcoords="offset points", va="top", fontsize=7.5)
