@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'window_starts', 'embed_sound', 'embed_frames', 'Heat', 'heat_map', 'draw_heat', 'heat_videos']
 
-# %% ../nbs/49_heat.ipynb #502cf357
+# %% ../nbs/49_heat.ipynb #cb1b48e8
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch.nn import functional as nnf
 from tqdm.auto import tqdm
 
 from .augmentation import ImageView
-from .colours import two_head_video
+from .colours import HEAD_COLOURS, heads_video
 from .core import AUDIO_HZ, TOKEN_HZ, read_json, stable_hash, write_json
 from .media import VIDEO_SUFFIXES, decode_audio, decode_frames, find_media, probe
 from .models import DenseAligner, audible_tokens
@@ -120,14 +120,14 @@ def heat_map(
     heard = audible_tokens(sound[None], torch.ones(1, len(audio), dtype=torch.bool))[0]
     return Heat(Path(path), heat, frames, times - start_s, sound, heard, heads if K > 1 else None)
 
-# %% ../nbs/49_heat.ipynb #1f306e99
+# %% ../nbs/49_heat.ipynb #27fcb938
 def draw_heat(
     h:Heat, out:Path, pictures_hz:float=25,
     names:tuple=("head 1", "head 2"), # of the heads of a two-head model
 )->Path:
-    "The video of a clip: one colour scale, or a colour a head where there are two."
+    "The video of a clip: one colour scale, or a colour a head where there are two to four."
     how = dict(fps=pictures_hz, frame_times=h.frame_times)
-    if h.heads is not None and len(h.heads) == 2: return two_head_video(h.frames, h.heads, h.sound, out, names=names, **how)
+    if h.heads is not None and 2 <= len(h.heads) <= len(HEAD_COLOURS): return heads_video(h.frames, h.heads, h.sound, out, names=names if len(names) == len(h.heads) else [f"head {k + 1}" for k in range(len(h.heads))], **how)
     return heat_video(h.frames, h.heat, h.sound, out, **how)
 
 # %% ../nbs/49_heat.ipynb #974dfa33

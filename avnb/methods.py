@@ -85,7 +85,7 @@ def test(self:Method, model, device, n:int=1000, before=None)->tuple:
     said = f"exact-pair retrieval on {len(chosen)} of {len(rows)} segments of the {part} share" + (", which also chose the checkpoint" if part == "val" else "")
     return {"metrics": self.retrieve(model, chosen, device), "baselines": {"random": retrieval_chance(len(chosen))}}, said
 
-# %% ../nbs/42_methods.ipynb #b68a744b
+# %% ../nbs/42_methods.ipynb #a2c8e737
 class GroundingMethod(Method):
     "Dense grounding: one frame and its sound, tokens, where."
     towers = ("audio", "image")  # of the model; a pretrained one may be frozen at first
@@ -124,7 +124,7 @@ class GroundingMethod(Method):
         "Fixed clips: of the toy's validation questions, held out, or, where nothing is, of the training data."
         store, rows = self.store, self.val_rows if len(self.val_rows) else self.rows
         if self.toy: store = questions(self.recipe)["loc"]; rows = range(len(store))
-        return draw_snapshots(model, store, rows, self.recipe.view, folder, step, n)
+        return draw_snapshots(model, store, rows, self.recipe.view, folder, step, n, seed=self.recipe.seed)
 
 # %% ../nbs/42_methods.ipynb #1a5332dc
 class DubMethod(Method):
