@@ -42,10 +42,10 @@ gate: env
 
 test: env ## all set up, and everything checked: clean + export change nothing, notebooks run, pytest, ruff (15 minutes at most)
 	@$(MAKE) --no-print-directory gate
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not soak" tests
 
 quick: env ## the quick tests, under 2 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m quick tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m quick tests
 
 soak: env ## the long forms
 	$(BIN)/python -m pytest -m soak tests
