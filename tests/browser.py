@@ -82,7 +82,7 @@ class Lab:
 
 class Notebook:
     "One notebook in one page: what a person sees and does, and everything that goes wrong meanwhile."
-    def __init__(self, lab, browser, name, size=(1280, 1400), scale=1):
+    def __init__(self, lab, browser, name, size=(1280, 1800), scale=1):
         self.lab, self.name = lab, name
         self.errors, self.away, self.sent = [], [], []
         self.context = browser.new_context(viewport={"width": size[0], "height": size[1]}, device_scale_factor=scale)
