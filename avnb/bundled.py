@@ -130,7 +130,7 @@ class ToyDubs:
         part = tracks[lang][int(shot["start_s"]*SYNTH_HZ):int(shot["end_s"]*SYNTH_HZ)]
         return dict(film=film, sound=sound_bytes(torch.from_numpy(soxr.resample(part.numpy(), SYNTH_HZ, AUDIO_HZ))))
 
-# %% ../nbs/60_bundled.ipynb #2386e893
+# %% ../nbs/60_bundled.ipynb #29fbadee
 def _said(train, asked, rows):
     "What a linear probe, taught English tracks (or films) of the training scenes, says of rows (N, D)."
     from sklearn.linear_model import LogisticRegression
@@ -147,6 +147,7 @@ def _embedded(run, models):
     stores = {"train": sets["probe"], "test": sets["test"].select(range(TESTS["test"][2]))}
     return {k: embed_scenes(models, s, run.recipe.view, device("cpu"), HEARD if k == "test" else ("en", "fr", "zxx")) for k, s in stores.items()}, stores
 
+# %% ../nbs/60_bundled.ipynb #8abd7539
 def make_scenes(
     run:Path,  # a B5 run on the toy corpus
     out:Path,  # folder of the bundled files
