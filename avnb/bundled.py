@@ -6,7 +6,7 @@
 __all__ = ['CAST', 'SLOTS', 'LANGUAGES_SPOKEN', 'PROBED', 'HEARD', 'TESTS', 'scene', 'film', 'make_clip', 'bundled_clip',
            'bundled_truth', 'ToyDubs', 'make_scenes', 'bundled_galleries', 'main']
 
-# %% ../nbs/60_bundled.ipynb #e5356103
+# %% ../nbs/60_bundled.ipynb #cf7b5072
 import argparse
 import io
 import json
@@ -15,20 +15,14 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
-import soxr
 import torch
 
 from .clips import Clip, clip_of, picture_bytes, quantise, sound_bytes
 from .core import AUDIO_HZ, FORMAT, TOKEN_HZ, read_json, rng, settings, write_atomic
-from .dubbing import DubMix
 from .galleries import Gallery, jpeg
 from .media import decode_audio, decode_frames, write_video
-from .shapes import random_look
-from .synths import SYNTH_HZ
-from .toy import FPS, draw, plan, sound
-from .voices import bank
 
-# %% ../nbs/60_bundled.ipynb #5354c713
+# %% ../nbs/60_bundled.ipynb #6fb49836
 CAST = ("dog", "siren", "bird")
 SLOTS = (([0], None), ([], None), ([1], None), ([], 2), ([0], None), ([1], None), ([], 2), ([0], None)) # a second each: which objects play, which one is named
 LANGUAGES_SPOKEN = ("en", "fr")
@@ -37,18 +31,21 @@ def scene(
     seed:int=51,
 )->list: # one shot, as of `toy.plan`
     "A dog that barks, a siren, and a bird that is only spoken of."
+    from avnb.shapes import random_look
     g = rng("browser scene", seed)
     looks = [random_look(g, c, (17., 21.)) for c in CAST]
     moves = [dict(at=at, drift=g.normal(0, .8, 2).tolist(), sway=g.uniform(.5, 2., 2).tolist(), beat=float(g.uniform(.3, .8)), phase=float(g.uniform(0, 6)), wobble=float(g.uniform(0, .08)))
              for at in ([30, 76], [82, 78], [60, 30])]
     return [dict(start_s=0., end_s=float(len(SLOTS)), background=("meadow", "sky", "wood", "sand")[seed % 4], ambience=None, cast=[(c, k < 2) for k, c in enumerate(CAST)], looks=looks, moves=moves, slots=list(SLOTS))]
 
-# %% ../nbs/60_bundled.ipynb #66f0e746
+# %% ../nbs/60_bundled.ipynb #9cfb8ce3
 def film(
     path:Path,    # mp4 to write
     seed:int=51,
 )->dict:          # labels (F, 112, 112) uint8, 1 + place in CAST; spans (start_s, end_s, name), by language
     "Write the scene with its tracks; what is true of it."
+    from avnb.toy import FPS, draw, sound
+    from avnb.voices import bank
     shots = scene(seed)
     frames, labels, _ = draw(shots)
     tracks, spans, said = sound("scenes", shots, {k: bank(k) for k in LANGUAGES_SPOKEN}, rng("browser sound", seed))
@@ -57,7 +54,7 @@ def film(
     words = {k: [(w["words"][k]["word_start_s"], w["words"][k]["word_end_s"], f'"{CAST[w["target"] - 1]}"') for _, w in said] for k in LANGUAGES_SPOKEN}
     return dict(labels=labels, spans=sounds, words=words)
 
-# %% ../nbs/60_bundled.ipynb #c3266844
+# %% ../nbs/60_bundled.ipynb #a789274f
 def make_clip(
     run:Path,      # a grounding run with heads
     out:Path,      # folder of the bundled files
@@ -65,6 +62,7 @@ def make_clip(
 )->dict:           # name -> bytes
     "Film the scene, run the model over each of its tracks, and write both."
     from avnb.results import head_names
+    from avnb.toy import FPS
     with tempfile.TemporaryDirectory() as d:
         truth = film(path := Path(d)/"clip.mp4", seed)
         clip = clip_of(run, path, fps=FPS, heads=head_names(run))
@@ -97,7 +95,7 @@ def bundled_truth()->dict: # labels (F, 112, 112) uint8 at labels_fps, spans, wo
     held = _held("clip.npz")
     return json.loads(str(held["facts"])) | {"labels": held["labels"]}
 
-# %% ../nbs/60_bundled.ipynb #59ef0be5
+# %% ../nbs/60_bundled.ipynb #1d04546e
 PROBED = {"class": "sound class", "background": "background"}  # what the probes are asked
 HEARD = ("en", "fr", "ja", "zxx")                              # tracks of each scene
 TESTS = {"train": ("dubs_probe", 2, 12), "test": ("dubs_test", 3, 40)} # split: kind, seed, scenes
@@ -110,10 +108,19 @@ class ToyDubs:
         kind, _, i = stem.rpartition("_")
         seed = next((seed for name, seed, _ in TESTS.values() if name == kind), None)
         if seed is None or not k.isdigit(): raise FileNotFoundError(f"{row['id']!r} is no scene of the bundled sets ({', '.join(name for name, *_ in TESTS.values())}).")
+        from avnb.dubbing import DubMix
+        from avnb.toy import plan
         shots = plan(kind, int(i), seed, 12., DubMix())
         return kind, int(i), seed, shots, shots[int(k)]
-    def thumb(self, row:dict)->bytes: return jpeg(draw([self._shot(row)[-1]])[0][37], 60)
+    def thumb(self, row:dict)->bytes:
+        from avnb.toy import draw
+        return jpeg(draw([self._shot(row)[-1]])[0][37], 60)
     def play(self, row:dict)->dict:
+        import soxr
+        from avnb.dubbing import DubMix
+        from avnb.synths import SYNTH_HZ
+        from avnb.toy import draw, sound
+        from avnb.voices import bank
         kind, i, seed, shots, shot = self._shot(row)
         film = picture_bytes(draw([shot])[0], shot["end_s"] - shot["start_s"])
         if row["modality"] == "video": return dict(film=film, sound=None)
@@ -123,7 +130,7 @@ class ToyDubs:
         part = tracks[lang][int(shot["start_s"]*SYNTH_HZ):int(shot["end_s"]*SYNTH_HZ)]
         return dict(film=film, sound=sound_bytes(torch.from_numpy(soxr.resample(part.numpy(), SYNTH_HZ, AUDIO_HZ))))
 
-# %% ../nbs/60_bundled.ipynb #001d478e
+# %% ../nbs/60_bundled.ipynb #29fbadee
 def _said(train, asked, rows):
     "What a linear probe, taught English tracks (or films) of the training scenes, says of rows (N, D)."
     from sklearn.linear_model import LogisticRegression
@@ -140,6 +147,7 @@ def _embedded(run, models):
     stores = {"train": sets["probe"], "test": sets["test"].select(range(TESTS["test"][2]))}
     return {k: embed_scenes(models, s, run.recipe.view, device("cpu"), HEARD if k == "test" else ("en", "fr", "zxx")) for k, s in stores.items()}, stores
 
+# %% ../nbs/60_bundled.ipynb #8abd7539
 def make_scenes(
     run:Path,  # a B5 run on the toy corpus
     out:Path,  # folder of the bundled files
@@ -155,7 +163,7 @@ def make_scenes(
     for n, name in enumerate(models):
         space, told = [], {k: [] for k in PROBED}
         train = found["train"][n]
-        for split, (kind, _, count) in TESTS.items():
+        for split, (_, _, count) in TESTS.items():
             s = found[split][n]
             for lang in (None, *s.heard):
                 tower, taught = (s.film, train.film) if lang is None else (s.heard[lang], train.heard["en"])

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['quantise', 'picture_bytes', 'sound_bytes', 'Clip', 'heard', 'packed', 'clip_of']
 
-# %% ../nbs/59_clips.ipynb #d47ee129
-import contextlib
+# %% ../nbs/59_clips.ipynb #c94eea2c
 import io
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -136,7 +135,7 @@ def packed(
         token_hz=clip.token_hz, dur_s=clip.dur_s, spans=[list(s) for s in clip.spans], sounds=np.cumsum([0, *map(len, sounds)]).tolist(), size=list(clip.frames.shape[-2:]), title=clip.title)
     return dict(picture=clip.mp4 or picture_bytes(clip.frames, clip.dur_s, clip.frame_times), sounds=b"".join(sounds), heat=small.tobytes(), loud=loud.tobytes(), facts=facts)
 
-# %% ../nbs/59_clips.ipynb #33514916
+# %% ../nbs/59_clips.ipynb #e4f968a3
 def clip_of(
     model,                 # DenseAligner, or a run folder
     path:str|Path,         # a video file with sound
@@ -159,7 +158,7 @@ def clip_of(
     first = next(iter(found.values()))
     S = min(len(h.sound) for h in found.values()); T = min(h.heat.shape[0] for h in found.values())
     heat = {k: (h.heat[None] if h.heads is None else h.heads)[:, :T] for k, h in found.items()}
-    info, film = probe(path), None
+    film = None
     if not start_s and dur_s is None and _plays(path):
         with tempfile.TemporaryDirectory() as d: film = mux(path, {}, Path(d)/"picture.mp4").read_bytes()
     return Clip(frames=first.frames, heat=heat, sound={k: h.sound[:S] for k, h in found.items()}, frame_times=first.frame_times, heads=tuple(heads), spans=tuple(spans), title=Path(path).stem,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'Gallery', 'centred_rows', 'plane', 'neighbours', 'Files', 'jpeg', 'read_gallery']
 
-# %% ../nbs/59_galleries.ipynb #b2c2f227
+# %% ../nbs/59_galleries.ipynb #50dbcbcf
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,6 @@ from PIL import Image
 from .clips import picture_bytes, sound_bytes
 from .core import AUDIO_HZ, read_json
 from .media import decode_audio, decode_frames, probe
-from .results import read_items, write_items
 
 # %% ../nbs/59_galleries.ipynb #55fd2e7a
 COLUMNS = ("id", "path", "time", "language", "label", "prediction", "modality", "protocol", "split")
@@ -117,7 +116,7 @@ def jpeg(
     Image.fromarray(np.moveaxis(np.asarray(torch.as_tensor(frame)), 0, -1)).save(out, "JPEG", quality=quality)
     return out.getvalue()
 
-# %% ../nbs/59_galleries.ipynb #6aa873a6
+# %% ../nbs/59_galleries.ipynb #c524dcc6
 def read_gallery(
     folder:str|Path,          # holds results.json and items.arrow
     clips:str|Path|None=None, # paths of the items are below it; None = below `folder`
@@ -125,6 +124,7 @@ def read_gallery(
     media=None,               # anything else that has `thumb` and `play`
 )->Gallery:
     "A run's kept rows; FileNotFoundError or ValueError says what is not there."
+    from avnb.results import read_items
     folder = Path(folder)
     if not (folder/"results.json").is_file(): raise FileNotFoundError(f"{folder} holds no results.json; measure the run first: `python -m avnb.results {folder} --measure`.")
     results, items = read_json(folder/"results.json"), read_items(folder)

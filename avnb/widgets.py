@@ -155,7 +155,7 @@ def _mean_apart(d, languages):
     said = said if len(said) > 1 else range(len(languages))
     return float(np.mean([d[..., i, j] for i in said for j in said if i != j]))
 
-# %% ../nbs/60_widgets.ipynb #ceb84f29
+# %% ../nbs/60_widgets.ipynb #00606ee5
 class DubBrowser(anywidget.AnyWidget):
     "One scene: play its tracks, and see how far apart they are before and after training."
     _esm, _css = front("dubs"), look()
@@ -187,6 +187,7 @@ class DubBrowser(anywidget.AnyWidget):
         self.distances = {name: d[n].round(4).tolist() for name, (_, _, d) in self.found.items()}
         self.means = {name: [_mean_apart(d[n], langs), _mean_apart(d, langs)] for name, (_, langs, d) in self.found.items()} # of this scene, of all
 
+# %% ../nbs/60_widgets.ipynb #4cfd8b54
 def _dub_answer(self, asked, _):
     "A track, for a page that asked."
     if not isinstance(asked, dict) or asked.get("ask") != "play": return

@@ -28,7 +28,7 @@ def chromium():
 
 class Lab:
     "JupyterLab over a copy of some notebooks, with no setting of this machine, until the `with` ends."
-    def __init__(self, *notebooks):
+    def __init__(self, *notebooks, theme="JupyterLab Light"):
         self.top = Path(tempfile.mkdtemp(prefix="avnb_lab_"))
         self.work = self.top / "nbs"
         self.work.mkdir()
@@ -42,6 +42,7 @@ class Lab:
         quiet = Path(own["JUPYTERLAB_SETTINGS_DIR"]) / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
         quiet.parent.mkdir(parents=True)
         quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+        (quiet.parent / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
         self.runtime = Path(own["JUPYTER_RUNTIME_DIR"])
         env = os.environ | own | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.log = open(self.top / "lab.log", "w")
@@ -82,7 +83,7 @@ class Lab:
 
 class Notebook:
     "One notebook in one page: what a person sees and does, and everything that goes wrong meanwhile."
-    def __init__(self, lab, browser, name, size=(1280, 1400), scale=1):
+    def __init__(self, lab, browser, name, size=(1280, 1800), scale=1):
         self.lab, self.name = lab, name
         self.errors, self.away, self.sent = [], [], []
         self.context = browser.new_context(viewport={"width": size[0], "height": size[1]}, device_scale_factor=scale)
@@ -150,7 +151,7 @@ def dress(notebook, code, selector, file, pad=0):
 def pictures(out=ROOT / "figures"):
     "The static pictures of both browsers, and the front page's."
     from playwright.sync_api import sync_playwright
-    attention = "b.playing = False; b.language, b.head, b.opacity = 'en', 'all', .85; b.region, b.span, b.time_s = (.714, .643, .857, .786), None, 2.46"
+    attention = "b.playing = False; b.language, b.head, b.opacity = 'en', 'all', .85; b.region, b.span, b.time_s = (10/14, 10/14, 11/14, 11/14), None, 2.46"
     scene = "p.run, p.protocol, p.split, p.colour_by = 'B5', 'sound class', 'test', 'label'; r = p.gallery.rows; p.chosen = next(i for i in range(len(p.gallery)) if r['id'][i] == 'dubs_test_0003#1' and r['language'][i] == 'ja')"
     with Lab("browse_attention.ipynb", "browse_probes.ipynb") as lab, sync_playwright() as play:
         browser = opened(play)
@@ -158,7 +159,7 @@ def pictures(out=ROOT / "figures"):
             n = Notebook(lab, browser, name, size=(1440, 1500), scale=1.5)
             n.run_all(f"{selector}[data-drawn]")
             print(dress(n, code, selector, out / f"{Path(name).stem}.png"))
-            if "attention" in name: print(dress(n, "b.time_s = 4.42; b.region = (.14, .64, .29, .79)", selector, out / "hero.png"))
+            if "attention" in name: print(dress(n, "b.head, b.time_s, b.region = b.clip.heads[0], 4.42, (3/14, 9/14, 4/14, 10/14)", selector, out / "hero.png"))
             n.close()
         browser.close()
 

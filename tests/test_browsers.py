@@ -1,5 +1,6 @@
 """The browsers as a person meets them: a real JupyterLab on loopback, in a real Chromium."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -64,11 +65,13 @@ def middle(truth, label, frame=0):
     return x/truth["labels"].shape[2], y/truth["labels"].shape[1]
 
 def click_picture(n, x, y):
+    part(n, ".avnb-stage").scroll_into_view_if_needed()
     box = part(n, ".avnb-stage").bounding_box()
     n.page.mouse.click(box["x"] + x*box["width"], box["y"] + y*box["height"])
 
 def line_x(n, t):
     "Where on the page a time of the curve lies."
+    part(n, ".avnb-line").scroll_into_view_if_needed()
     box, dur = part(n, ".avnb-line").bounding_box(), 8.
     return box["x"] + 46 + t/dur*(box["width"] - 56), box["y"] + 40
 
@@ -162,6 +165,7 @@ def test_track_changes_what_is_heard(clip, truth):
 @needs_chromium
 def test_scrubbing_stays_in_the_page(clip):
     fresh(clip); clip.page.wait_for_timeout(300)
+    part(clip, ".avnb-scrub").scroll_into_view_if_needed()
     box = part(clip, ".avnb-scrub").bounding_box()
     clip.page.mouse.move(box["x"] + 8, box["y"] + box["height"]/2); clip.page.mouse.down()
     clip.page.wait_for_timeout(100)
@@ -219,7 +223,7 @@ def test_probes_play_and_list(probes):
     assert n.failed() == []
     assert n.took < 25, f"{n.took:.1f} s from Run All to the first draw"
     row = int(n.python("r = p.gallery.rows; p.colour_by = 'label'; i = next(i for i in range(len(p.gallery)) if r['split'][i] == 'test' and r['language'][i] == 'zxx'); print(i)"))
-    n.page.wait_for_timeout(300)
+    n.page.locator(f"{PROBES} .avnb-map").first.scroll_into_view_if_needed(); n.page.wait_for_timeout(300)
     # the row whose mark lies on top there may be another: what is hit is what is chosen
     x, y = js(n, f"root.avnb.at({row})", PROBES)
     n.page.mouse.move(x, y); n.page.wait_for_timeout(200)
@@ -297,3 +301,17 @@ def test_wheel_holds_what_browsers_need(tmp_path):
     here = {f.name: f.stat().st_size for f in (ROOT / "avnb" / "static").iterdir()}
     assert inside == here
     assert sum(here.values()) < 1_000_000
+    # and it opens where there is no checkout
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as z: z.extractall(tmp_path / "there")
+    code = "import avnb; from avnb.widgets import *; from avnb.widgets import DubBrowser; from avnb.bundled import *; g = bundled_galleries(); print(avnb.__file__, len(AttentionBrowser(bundled_clip()).heat), len(ProbeBrowser(g).xy), len(DubBrowser(g).means))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "there")})
+    assert ran.returncode == 0 and str(tmp_path / "there") in ran.stdout, ran.stderr[-800:]
+
+
+@needs_chromium
+def test_a_minute_is_light():
+    from avnb.attention import cost
+    spent = cost(60.)
+    print(spent)
+    assert spent["bytes"]["heat"] == 3000*16*16 and spent["bytes"]["all"] < 8_000_000
+    assert spent["page_s"] < 15
