@@ -31,9 +31,9 @@ def family_of(
     "The family of a stamp, if it has one."
     return next((name for name, patterns in FAMILIES.items() if any(PurePosixPath(id).match(p) for p in patterns)), None)
 
-# %% ../nbs/11_cutouts.ipynb #e37c5553
+# %% ../nbs/11_cutouts.ipynb #1019dd8c
 SHARES = dict(test=.25, val=.1)           # of the units of a family
-NAMES_KEPT = dict(test=.15, val=.1)       # of a training stamp's spoken names
+NAMES_KEPT = dict(test=.3, val=.1)       # of a training stamp's spoken names
 _STRICT = ("train", "val", "test")
 
 @dataclass(frozen=True)

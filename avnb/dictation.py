@@ -19,7 +19,7 @@ from .cutouts import deal, effects_of, family_of
 from .media import decode_audio
 from .voices import SEEN, UNSEEN, _Speaker, _trim
 
-# %% ../nbs/11_dictation.ipynb #c9cde7ec
+# %% ../nbs/11_dictation.ipynb #0d19ebd1
 HZ = 48_000     # samples a second of what is written
 SLOT_S = .97      # what a slot of a second can hold
 VOCAL = tuple("es fr ca bg ru da".split()) # the languages with most names of under a second
@@ -31,12 +31,12 @@ class Stock:
         self.parts, self.by_id = deal(self.stamps), {c.id: c for c in self.stamps}
         self.family = {id: family_of(id) for id in self.parts.stamps}
 
-    def shown(self, part:str)->dict:
-        "family -> stamps of a part, in order."
-        out = {}
+    def shown(self, part:str, languages=VOCAL, most:int|None=None)->dict:
+        "family -> stamps of a part, in order; of each family at most so many, those with most names that fit a slot."
+        out, short = {}, lambda c: sum(lang in c.voices and c.voices[lang].dur_s <= SLOT_S - .05 for lang in languages)
         for id, where in self.parts.stamps.items():
             if where == part: out.setdefault(self.family[id], []).append(self.by_id[id])
-        return {k: sorted(v, key=lambda c: c.id) for k, v in sorted(out.items())}
+        return {k: sorted(sorted(v, key=lambda c: (-short(c), c.id))[:most], key=lambda c: c.id) for k, v in sorted(out.items())}
 
     def loud(self, part:str)->dict:
         "family -> stamps whose effects are in a part."

@@ -20,10 +20,10 @@ from .cutouts import FAMILIES, voices_of
 from .dictation import HZ, SAID, SLOT_S, VOCAL, Stock, said, stock
 from .media import write_video
 
-# %% ../nbs/11_montage.ipynb #667d3bca
+# %% ../nbs/11_montage.ipynb #7b4c73f5
 FPS = 25
 KINDS = {"scenes": 2., "loc": 1., "loc_new": 1., "speech": 1., "speech_new": 1., "ret": 1., "dubs": 3.} # seconds a shot lasts
-EDITION = 1       # raised whenever the same seed gives other videos
+EDITION = 2       # raised whenever the same seed gives other videos
 
 def _pick(g, xs): return xs[int(g.integers(len(xs)))]
 
@@ -32,9 +32,9 @@ def _namable(s:Stock, c, part, languages, longest_s, espeak):
     people = voices_of(c, s.parts, part, longest_s)
     return {lang: people.get(lang) for lang in languages if lang in people or (espeak and lang in c.names)}
 
-def _cast(g, s:Stock, kind, part, languages, espeak):
+def _cast(g, s:Stock, kind, part, languages, espeak, per_family):
     "Stamps of a shot, which of them sound and with whose effect, and which one may be named."
-    loud, shown = s.loud(part), s.shown(part if kind.endswith("_new") or kind == "dubs" else "train")
+    loud, shown = s.loud(part), s.shown(part if kind.endswith("_new") or kind == "dubs" else "train", languages, per_family)
     families, longest = [f for f in FAMILIES if f in shown], 2.9 if kind == "dubs" else SLOT_S
     n = dict(dubs=1, scenes=2 + int(g.integers(3))).get(kind, 3)
     named = {f: [c for c in shown[f] if _namable(s, c, part, languages, longest, espeak)] for f in families} if kind in ("scenes", "speech", "speech_new") else {}
@@ -49,7 +49,7 @@ def _cast(g, s:Stock, kind, part, languages, espeak):
     sounding = {i: c if c in loud[f] and g.random() < .5 else _pick(g, loud[f]) for i, (c, f) in enumerate(zip(cast, order, strict=True)) if sounds[i]}
     return cast, sounding, [i for i, c in enumerate(cast) if c in named.get(order[i], ())], order.index(first[0])
 
-# %% ../nbs/11_montage.ipynb #92b1f2c4
+# %% ../nbs/11_montage.ipynb #b59408d9
 def _places(g, n:int):
     "Centres that keep objects of about 30 px mostly apart."
     best, far = None, -1
@@ -59,9 +59,9 @@ def _places(g, n:int):
         if gap > far: best, far = at, gap
     return best
 
-def _shot(g, s:Stock, kind, part, languages, espeak, start_s)->dict:
+def _shot(g, s:Stock, kind, part, languages, espeak, per_family, start_s)->dict:
     "Everything about one shot, as numbers and names."
-    cast, sounding, named, asked = _cast(g, s, kind, part, languages, espeak)
+    cast, sounding, named, asked = _cast(g, s, kind, part, languages, espeak, per_family)
     slots = []
     for _ in range(1 if kind == "dubs" else int(KINDS[kind])):
         mode = g.random()
@@ -81,12 +81,13 @@ def plan(
     languages=VOCAL,
     espeak:float=0.,
     dur_s:float=10.,
+    per_family:int|None=None, # stamps shown
 )->list:              # shots
     "What will happen in one video; every number comes from (seed, kind, part, i)."
     if kind not in KINDS: raise ValueError(f"make_stamps: kind {kind!r} is unknown; {nearest(kind, KINDS)}")
     if part not in SAID: raise ValueError(f"make_stamps: part {part!r} is unknown; {nearest(part, SAID)}")
     g = rng("stamps", seed, kind, part, i)
-    return [_shot(g, s, kind, part, languages, espeak, k*KINDS[kind]) for k in range(int(np.ceil(dur_s/KINDS[kind])))]
+    return [_shot(g, s, kind, part, languages, espeak, per_family, k*KINDS[kind]) for k in range(int(np.ceil(dur_s/KINDS[kind])))]
 
 # %% ../nbs/11_montage.ipynb #4255455e
 def draw(
@@ -139,7 +140,7 @@ def _effects(g, s:Stock, shots, part, total:int):
                 spans[-1][i] += [(round(at_s + on, 4), round(at_s + off, 4)) for on, off in when]
     return out, spans
 
-# %% ../nbs/11_montage.ipynb #d49efa8a
+# %% ../nbs/11_montage.ipynb #169bab33
 def _one_name(g, s:Stock, c, lang, how, part, espeak):
     "One name: sound at HZ, who speaks, and which recording; None where nobody can."
     if how is None or g.random() < espeak:
@@ -153,7 +154,7 @@ def _one_name(g, s:Stock, c, lang, how, part, espeak):
 def _speech(g, s:Stock, kind, shots, part, languages, espeak, total):
     "One track (S,) a language, and what was said: [(shot number, truth), ...]."
     tracks, told = {lang: np.zeros(total, np.float32) for lang in languages}, []
-    anyone = [c for cs in s.shown(part).values() for c in cs if len(_namable(s, c, part, languages, 2.9, espeak)) == len(languages)] if kind == "dubs" else ()
+    anyone = [c for cs in s.shown(part, languages).values() for c in cs if len(_namable(s, c, part, languages, 2.9, espeak)) == len(languages)] if kind == "dubs" else ()
     for n, shot in enumerate(shots):
         for k, (_, target) in enumerate(shot["slots"]):
             if kind == "dubs" and not anyone: raise ValueError(f"make_stamps: no stamp of part {part!r} is named in all of {', '.join(languages)}. Take fewer languages, or espeak > 0.")
@@ -180,7 +181,7 @@ def sound(s:Stock, kind, shots, part, languages, espeak, g)->tuple:
     level = min(1., .97/max(max(np.abs(x).max() for x in tracks.values()), 1e-6))
     return {lang: torch.from_numpy(x*np.float32(level)) for lang, x in tracks.items()}, spans, told
 
-# %% ../nbs/11_montage.ipynb #fef22fee
+# %% ../nbs/11_montage.ipynb #ca689f96
 def _truth(s:Stock, stem:str, kind, part, shots, spans, told, made)->dict:
     "The JSON beside a video; labels are numbers from 1 as in the label map."
     out = []
@@ -190,7 +191,7 @@ def _truth(s:Stock, stem:str, kind, part, shots, spans, told, made)->dict:
         out.append({"start_s": shot["start_s"], "end_s": shot["end_s"], "background": shot["background"], "ambience": None, "objects": objects, "narrator": [w for m, w in told if m == n]})
     return {"format": FORMAT, "video": stem, "kind": kind, "part": part, "dur_s": shots[-1]["end_s"], "fps": FPS, "made": made, "shots": out}
 
-def _mark(s:Stock, i, job): return stable_hash([EDITION, i, job, sorted((c.id, c.picture, c.effect and c.effect.heard, sorted(r.heard for r in c.voices.values())) for c in s.stamps)])
+def _mark(s:Stock, i, job): return stable_hash([EDITION, i, job, s.parts.stamps, s.parts.recordings, sorted((c.id, c.picture, c.effect and c.effect.heard, sorted(r.heard for r in c.voices.values())) for c in s.stamps)])
 
 def _is_made(out:Path, stem:str, mark:str)->bool:
     file = out/"truth"/f"{stem}.json"
@@ -199,7 +200,7 @@ def _is_made(out:Path, stem:str, mark:str)->bool:
 def _make_one(out:Path, s:Stock, i:int, job:dict)->None:
     "One video and its truth."
     kind, part, languages, espeak, stem = job["kind"], job["part"], job["languages"], job["espeak"], f"{job['kind']}_{i:04d}"
-    shots = plan(s, kind, i, job["seed"], part, languages, espeak, job["dur_s"])
+    shots = plan(s, kind, i, job["seed"], part, languages, espeak, job["dur_s"], job["per_family"])
     frames, labels, number = draw(s, shots)
     tracks, spans, told = sound(s, kind, shots, part, languages, espeak, rng("stamps sound", job["seed"], kind, part, i))
     write_video(out/f"{stem}.mp4", frames, FPS, tracks, rate_hz=HZ)
@@ -207,7 +208,7 @@ def _make_one(out:Path, s:Stock, i:int, job:dict)->None:
     np.savez_compressed(hidden, labels=labels, shot=number); os.replace(hidden, out/"truth"/f"{stem}.npz")
     write_json(out/"truth"/f"{stem}.json", _truth(s, stem, kind, part, shots, spans, told, _mark(s, i, job)))
 
-# %% ../nbs/11_montage.ipynb #4bc5c336
+# %% ../nbs/11_montage.ipynb #8109c0f4
 def make_stamps(
     out:str|Path,             # folder for the mp4 files; `truth/` goes beside them
     n_videos:int,             # how many
@@ -216,16 +217,17 @@ def make_stamps(
     kind:str="scenes",        # one of KINDS
     languages=VOCAL,          # sound tracks beside `zxx`, of those in which names are spoken
     espeak:float=0.,          # share of names said by synthetic voices instead of people; above 0 they also say what is held out or was never recorded
+    per_family:int|None=None, # show so many stamps of each family, those with most short names in these languages; None = all
     folder:str|Path|None=None,# from `fetch_stamps` (None: stamps/ in the data folder of settings.ini)
     dur_s:float|None=None,    # seconds a video lasts, at least; None = 10, or 12 for dubs
     workers:int|None=None,    # processes; None = one a processor if there are 8 videos or more
 )->Path:                      # `out`
     "Write scenes of real cut-outs, effects and spoken names. ValueError where a part has nothing to ask, or `out` holds other videos."
     out, folder = Path(out), settings().data/"stamps" if folder is None else Path(folder)
-    job = dict(kind=kind, part=part, languages=[to_iso(x) for x in languages], espeak=espeak, seed=seed, dur_s=dur_s or (12. if kind == "dubs" else 10.))
+    job = dict(kind=kind, part=part, languages=[to_iso(x) for x in languages], espeak=espeak, seed=seed, per_family=per_family, dur_s=dur_s or (12. if kind == "dubs" else 10.))
     if n_videos < 1 or not 0 <= espeak <= 1 or not job["languages"]: raise ValueError(f"make_stamps: n_videos={n_videos}, espeak={espeak}, languages={languages}; needed at least 1 video, a share from 0 to 1, and a language.")
     s = stock(folder.resolve())
-    plan(s, kind, 0, seed, part, job["languages"], espeak, job["dur_s"])  # what cannot be made fails here, before anything is written
+    plan(s, kind, 0, seed, part, job["languages"], espeak, job["dur_s"], per_family)  # what cannot be made fails here, before anything is written
     for lang in job["languages"] if espeak else (): said(s.root.parent, lang)
     (out/"truth").mkdir(parents=True, exist_ok=True)
     names = [f"{kind}_{i:04d}" for i in range(n_videos)]

@@ -25,7 +25,7 @@ from .store import open_store, prepare
 from .tracksets import DubView
 from .trials import embed_set, heat_maps, hottest_object, retrieval_chance, retrieval_trial
 
-# %% ../nbs/34_stamp_trials.ipynb #e221ba36
+# %% ../nbs/34_stamp_trials.ipynb #40da1949
 PARTS = {"val": (1, dict(loc=10, speech=12)), "test": (2, dict(loc=20, loc_new=20, speech=20, speech_new=20, ret=10))}  # seed, videos of 10 clips
 DUB_PARTS = {"val": (1, dict(probe=("train", 12), test=("val", 12))), "test": (2, dict(probe=("train", 40), test=("test", 30)))} # seed, {name: (part of the recordings, videos of 4 clips)}
 
@@ -35,6 +35,7 @@ def stamp_sets(
     store,              # StoreConfig, or anything whose `.store` is one
     share:float=1.,     # of the videos, at least one of each kind: for quick runs
     languages=VOCAL,
+    per_family:int|None=None, # as in `make_stamps`, of the run's training scenes
     dubs:bool=False,    # the sets for a DualEncoder: "probe" from training recordings, "test" from the part's
 )->dict:                # {kind: store}
     "Make (once) and open the sets."
@@ -43,8 +44,8 @@ def stamp_sets(
     for name, n in kinds.items():
         whose, n = n if dubs else (part, n)
         kind, n = "dubs" if dubs else name, max(2 if dubs else 1, round(n*share))
-        where = f"{part}-{'dubs-' if dubs else ''}{name}-{n}-{'-'.join(languages)}"
-        raw = make_stamps(folder/"stamps"/"scenes"/where, n, seed, whose, kind, languages, folder=folder/"stamps")
+        where = f"{part}-{'dubs-' if dubs else ''}{name}-{n}-{'-'.join(languages)}-{per_family or 'all'}"
+        raw = make_stamps(folder/"stamps"/"scenes"/where, n, seed, whose, kind, languages, per_family=per_family, folder=folder/"stamps")
         prepare(raw, folder/"stores"/f"stamps-{where}", recipe=store)
         out[name] = open_store(folder/"stores"/f"stamps-{where}")
     return out
