@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['pointing_each', 'pointing', 'ciou_each', 'ciou', 'area_matched', 'area_matched_iou', 'localisation_each',
-           'localisation_figures', 'iiou_each', 'iiou_figures', 'avs_each', 'avs_figures', 'bootstrap', 'bootstrap_of',
-           'told', 'with_interval', 'centre_heat', 'contrast_saliency', 'everything', 'random_heat', 'to_size',
-           'AtSize', 'prompt_heat', 'prompt_weight', 'segmentation', 'segmentation_figures', 'class_ranks', 'ranks',
-           'retrieval', 'retrieval_figures', 'retrieval_lots', 'retrieval_results', 'ap_dis', 'stream_scores']
+           'localisation_figures', 'iiou_each', 'iiou_figures', 'avs_each', 'avs_told', 'avs_figures', 'bootstrap',
+           'bootstrap_of', 'by_group', 'grouped_interval', 'told', 'with_interval', 'centre_heat', 'contrast_saliency',
+           'everything', 'random_heat', 'to_size', 'AtSize', 'prompt_heat', 'prompt_weight', 'segmentation',
+           'segmentation_figures', 'class_ranks', 'ranks', 'retrieval', 'retrieval_figures', 'retrieval_lots',
+           'retrieval_results', 'ap_dis', 'stream_scores']
 
-# %% ../nbs/30_metrics.ipynb #781c791c
+# %% ../nbs/30_metrics.ipynb #0acf6ccb
 import torch
 from torch import Tensor
 
-from .intervals import bootstrap, bootstrap_of, told, with_interval
+from .intervals import bootstrap, bootstrap_of, by_group, grouped_interval, told, with_interval
 from .maps import _maps, _objects, centre_heat, contrast_saliency, everything, random_heat, to_size
 from .prompts import AtSize, prompt_heat, prompt_weight, segmentation, segmentation_figures
 from .ranking import class_ranks, ranks, retrieval, retrieval_figures, retrieval_lots, retrieval_results
 from .specialists import ap_dis
 from .streams import stream_scores
 
-# %% ../nbs/30_metrics.ipynb #fdd0aeb8
-_all_ = ["bootstrap", "bootstrap_of", "told", "with_interval", "centre_heat", "contrast_saliency", "everything", "random_heat", "to_size", "AtSize", "prompt_heat", "prompt_weight", "segmentation",
+# %% ../nbs/30_metrics.ipynb #9e90b620
+_all_ = ["bootstrap", "bootstrap_of", "by_group", "grouped_interval", "told", "with_interval", "centre_heat", "contrast_saliency", "everything", "random_heat", "to_size", "AtSize", "prompt_heat", "prompt_weight", "segmentation",
          "segmentation_figures", "class_ranks", "ranks", "retrieval", "retrieval_figures", "retrieval_lots", "retrieval_results", "ap_dis", "stream_scores"] # importable from here, too
 
 # %% ../nbs/30_metrics.ipynb #d920118a
@@ -130,7 +131,7 @@ def iiou_figures(
     each = iiou_each(heat, truth)
     return {k: with_interval(v) for k, v in (("IIoU", (each >= .5).double()), ("IAUC", _area(each)), ("IIoU_mean", each))}
 
-# %% ../nbs/30_metrics.ipynb #84d9ce3b
+# %% ../nbs/30_metrics.ipynb #d2260f4a
 def avs_each(
     heat:Tensor,  # (N, H, W) probabilities, or bool: already decided
     truth:Tensor, # (N, H, W) bool or 0/1; may be empty, where nothing sounds
@@ -149,12 +150,22 @@ def avs_each(
     precision, recall = hit / positive.clamp(min=1), hit / truth.sum(1, keepdim=True).clamp(min=1)
     return iou, (1 + beta2) * precision * recall / (beta2 * precision + recall).clamp(min=1e-12), there
 
+def avs_told(
+    iou:Tensor,   # (N,) of `avs_each`
+    F:Tensor,     # (N, steps)
+    there:Tensor, # (N,) bool
+    groups=None,  # (N,) which frames are of one film: films are resampled; None: frames
+)->dict:          # {"M_J" | "M_F": {"value", "lo", "hi", "n"}}
+    "The figures of frames that were read one by one; ValueError where no truth has an object."
+    if not there.any(): raise ValueError(f"avs: none of {len(there)} truths has an object, so there is no F-score.")
+    groups = range(len(iou)) if groups is None else groups
+    best = lambda x: (x[:, :-1].sum(0) / x[:, -1].sum().clamp(min=1)).amax()
+    sums = by_group(torch.cat([F * there[:, None], there[:, None]], 1), groups)
+    return {"M_J": grouped_interval(iou, groups), "M_F": told(*bootstrap_of(sums, best), int(there.sum()))}
+
 def avs_figures(
     heat:Tensor,  # (N, H, W) probabilities, or bool: already decided
     truth:Tensor, # (N, H, W) bool or 0/1; may be empty, where nothing sounds
 )->dict:          # {"M_J" | "M_F": {"value", "lo", "hi", "n"}}
     "AVSBench's mean IoU and best mean F-score, with 95 % intervals (arXiv:2207.05042); ValueError where no truth has an object."
-    iou, F, there = avs_each(heat, truth)
-    if not there.any(): raise ValueError(f"avs: none of {len(truth)} truths has an object, so there is no F-score.")
-    best = lambda x: (x[:, :-1].sum(0) / x[:, -1].sum().clamp(min=1)).amax()
-    return {"M_J": with_interval(iou), "M_F": told(*bootstrap_of(torch.cat([F * there[:, None], there[:, None]], 1), best), int(there.sum()))}
+    return avs_told(*avs_each(heat, truth))
