@@ -75,7 +75,7 @@ class _State(anywidget.AnyWidget):
         if value not in there: raise ValueError(f"{name}={value!r} is not in this clip; {nearest(value, there)}")
         return value
 
-# %% ../nbs/60_attention.ipynb #53bdc1f1
+# %% ../nbs/60_attention.ipynb #ad5f159f
 class AttentionBrowser(_State):
     "Play a clip under its heat; ask a place when, and a moment where."
     _esm, _css = front("attention"), look()
@@ -93,10 +93,11 @@ class AttentionBrowser(_State):
     def of(cls,
         model,         # DenseAligner, or a run folder
         path:str|Path, # a video file with sound
+        language:str|None=None, # track to begin with; None = the first
         **how,         # as `clip_of`: languages, start_s, dur_s, fps, heads, spans
     )->"AttentionBrowser":
         "Run a model over a clip, once for each track, and browse it."
-        return cls(clip_of(model, path, **how))
+        return cls(clip_of(model, path, **how), language)
 
 # %% ../nbs/60_attention.ipynb #4a0b3438
 def _maps(self):

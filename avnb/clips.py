@@ -89,12 +89,12 @@ class Clip:
     @property
     def languages(self)->list: return list(self.heat)
 
-# %% ../nbs/59_clips.ipynb #3360e244
+# %% ../nbs/59_clips.ipynb #79d159cc
 def _from_mp4(film, sound, heat, rate_hz):
     "Frames, and the sound where none was given, of an mp4's bytes."
     with tempfile.TemporaryDirectory() as d:
         (path := Path(d)/"clip.mp4").write_bytes(film)
-        frames, times = decode_frames(path, fps=25)
+        frames, times = decode_frames(path, size=336)
         if sound is None: sound = {k: decode_audio(path, rate_hz, None if k == "und" else k) for k in heat} if isinstance(heat, dict) else decode_audio(path, rate_hz)
         mux(path, {}, Path(d)/"picture.mp4")
         return dict(frames=frames, frame_times=times, sound=sound, mp4=(Path(d)/"picture.mp4").read_bytes())

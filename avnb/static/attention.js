@@ -164,7 +164,7 @@ function render({ model, el }) {
   };
   const tell = (text) => { if (said.textContent !== text) said.textContent = text; };
   const refresh = () => {
-    dirty = true; drawn = drawn && true; layer = null;
+    dirty = true; layer = null;
     play.classList.toggle("on", state.playing); play.setAttribute("aria-label", state.playing ? "pause" : "play");
     eye.setAttribute("aria-pressed", String(state.shown));
     root.classList.toggle("avnb-bare", !state.shown);

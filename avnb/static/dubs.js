@@ -20,7 +20,10 @@ function render({ model, el }) {
   const show = () => {
     pick.value = model.get("scene");
     const d = model.get("distances"), L = facts.tracks, thumb = facts.thumbs[model.get("scene")];
-    if (thumb) { const url = URL.createObjectURL(new Blob([bytesOf(model.get("thumbs")).subarray(...thumb)], { type: "image/jpeg" })); if (still.dataset.scene !== model.get("scene")) { still.src = url; still.dataset.scene = model.get("scene"); } }
+    if (thumb && still.dataset.scene !== model.get("scene")) {
+      if (still.src) URL.revokeObjectURL(still.src);
+      still.src = URL.createObjectURL(new Blob([bytesOf(model.get("thumbs")).subarray(...thumb)], { type: "image/jpeg" })); still.dataset.scene = model.get("scene");
+    }
     tracks.replaceChildren(...L.map((l) => { const b = make("button", { type: "button", text: facts.names[l], "data-track": l, onclick: () => (asked === l ? stop() : play(l)) }); b.setAttribute("aria-pressed", String(asked === l)); return b; }));
     panels.replaceChildren(...Object.entries(d).map(([name, m]) => {
       const grid = make("div", { class: "avnb-distances", role: "img", "aria-label": `${name}: distances between ${L.join(", ")}: ${m.map((r) => r.map((v) => v.toFixed(2)).join(" ")).join("; ")}` });
