@@ -133,7 +133,7 @@ def scenes_of(
         if other is not None: maps[n]["shuffled"] = model.heat(replace(e, sound=other.sound, moment=e.moment and other.moment, span=None), how)["basic"]
     return Scenes(asked, maps, frames, Truths(truth), broken)
 
-# %% ../nbs/53_measures.ipynb #fc04d492
+# %% ../nbs/53_measures.ipynb #25fd45f1
 def place_readings(
     heat,          # maps, read one by one
     truth:Truths,
@@ -141,7 +141,7 @@ def place_readings(
 )->list:           # {figure: number} of each
     "What VGG-SS and Flickr-SoundNet read from each map."
     out = []
-    for i in range(len(truth)):
+    for i in tqdm(range(len(truth)), "compare", unit="map", delay=5, leave=False):
         h, g = heat[i][None], truth[i][None]
         x = localisation_each(h, g)
         if soft: x = {k: x[k] for k in ("cIoU", "AUC", "cIoU_mean")} | {k: v for k, v in localisation_each(h, g > 0).items() if k in ("pointing", "area_iou")}
@@ -155,7 +155,7 @@ def mask_readings(
     "What AVSBench reads from each map, scaled over the set."
     decided, out = heat[0].dtype == torch.bool, []
     ends = None if decided else torch.stack([torch.stack(heat[i].aminmax()) for i in range(len(truth))])
-    for i in range(len(truth)):
+    for i in tqdm(range(len(truth)), "compare", unit="map", delay=5, leave=False):
         h, g = heat[i][None], truth[i][None] > 0
         if ends is not None: h = (h - ends[:, 0].min())/(ends[:, 1].max() - ends[:, 0].min()).clamp(min=1e-12)
         iou, F, there = avs_each(h, g)
