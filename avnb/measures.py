@@ -133,18 +133,18 @@ def scenes_of(
         if other is not None: maps[n]["shuffled"] = model.heat(replace(e, sound=other.sound, moment=e.moment and other.moment, span=None), how)["basic"]
     return Scenes(asked, maps, frames, Truths(truth), broken)
 
-# %% ../nbs/53_measures.ipynb #90e6d7ee
+# %% ../nbs/53_measures.ipynb #25fd45f1
 def place_readings(
     heat,          # maps, read one by one
     truth:Truths,
-    partial:bool,  # do annotators agree in part?
+    soft:bool,     # do annotators agree in part?
 )->list:           # {figure: number} of each
     "What VGG-SS and Flickr-SoundNet read from each map."
     out = []
-    for i in range(len(truth)):
+    for i in tqdm(range(len(truth)), "compare", unit="map", delay=5, leave=False):
         h, g = heat[i][None], truth[i][None]
         x = localisation_each(h, g)
-        if partial: x = {k: x[k] for k in ("cIoU", "AUC", "cIoU_mean")} | {k: v for k, v in localisation_each(h, g > 0).items() if k in ("pointing", "area_iou")}
+        if soft: x = {k: x[k] for k in ("cIoU", "AUC", "cIoU_mean")} | {k: v for k, v in localisation_each(h, g > 0).items() if k in ("pointing", "area_iou")}
         out.append({k: v.item() for k, v in x.items()})
     return out
 
@@ -155,14 +155,14 @@ def mask_readings(
     "What AVSBench reads from each map, scaled over the set."
     decided, out = heat[0].dtype == torch.bool, []
     ends = None if decided else torch.stack([torch.stack(heat[i].aminmax()) for i in range(len(truth))])
-    for i in range(len(truth)):
+    for i in tqdm(range(len(truth)), "compare", unit="map", delay=5, leave=False):
         h, g = heat[i][None], truth[i][None] > 0
         if ends is not None: h = (h - ends[:, 0].min())/(ends[:, 1].max() - ends[:, 0].min()).clamp(min=1e-12)
         iou, F, there = avs_each(h, g)
         out.append({"M_J": iou.item(), "F": F[0], "there": there.item()} | ({"pointing": pointing_each(h, g).double().item()} if there and not decided else {}))
     return out
 
-# %% ../nbs/53_measures.ipynb #1f097e66
+# %% ../nbs/53_measures.ipynb #9e4efdc5
 def localisation_told(
     each:list,   # of `place_readings` or `mask_readings`
     groups:list, # the film of each
@@ -183,7 +183,7 @@ def ask_localisation(
     empty = [e.id for e, any_ in zip(s.entries, there, strict=True) if not any_]
     if not any(there): raise ValueError(f"maps: the truth of all {len(empty)} pictures is empty.")
     s = s if masks else s.only([n for n, any_ in enumerate(there) if any_])
-    read = mask_readings if masks else partial(place_readings, partial=any(e.agree > 1 for e in s.entries))
+    read = mask_readings if masks else partial(place_readings, soft=any(e.agree > 1 for e in s.entries))
     maps = {"basic": s.heat(), **blind_rules(torch.empty(()).expand(len(s.entries), SIDE, SIDE), s.frames), "shuffled": s.heat("shuffled")}
     each = {k: read(x, s.truth) for k, x in maps.items() if x is not None}
     found = {k: localisation_told(x, [e.group for e in s.entries]) for k, x in each.items()}
