@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MLP', 'Vectors', 'scene_ids', 'mean_tokens', 'vectors_of', 'scene_answers', 'answers_of', 'known']
 
-# %% ../nbs/54_known.ipynb #e4d6f316
+# %% ../nbs/54_known.ipynb #47507980
 import json
 from dataclasses import dataclass
 
@@ -13,17 +13,16 @@ import numpy as np
 import soxr
 import torch
 
-from .answers import Answers, gather, results, rows
+from .answers import gather, results, rows
 from .core import AUDIO_HZ
 from .dub_trials import embed_scenes
 from .dubbing import dub_answers
 from .duals import DualEncoder
 from .heat import embed_frames, embed_sound
-from .metrics import with_interval
 from .mlp import MLPConfig, hear_probe
 from .models import DenseAligner
 from .probes import knn_probe, linear_probe
-from .tongues import carried_probe, invariance, language_probe
+from .tongues import invariance, language_probe
 from .tracksets import DubDataset, DubView
 
 # %% ../nbs/54_known.ipynb #1ce8ec76

@@ -6,9 +6,9 @@
 __all__ = ['CORPORA', 'Subject', 'fresh_subject', 'subject', 'scene_list', 'saved_vectors', 'toy', 'stamps', 'protocols', 'probe',
            'main']
 
-# %% ../nbs/55_probing.ipynb #ee6a6ed8
+# %% ../nbs/55_probing.ipynb #e162a3a5
 import argparse, shlex, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .recipes import recipe
 from .results import table, versions, write_items
 from .stamp_trials import stamp_sets, stamp_trials
 
-# %% ../nbs/55_probing.ipynb #f7c800ad
+# %% ../nbs/55_probing.ipynb #08310cb2
 @dataclass
 class Subject:
     "Who is asked: a model of ours, or vectors of anyone's."
@@ -45,6 +45,7 @@ class Subject:
         seed_everything(self.recipe.seed)
         return build_model(self.recipe).eval()
 
+# %% ../nbs/55_probing.ipynb #907514f2
 def fresh_subject(
     variant:str="B5",
 )->Subject: # "untrained"
@@ -98,7 +99,7 @@ def saved_vectors(
     one = lambda x: np.asarray(x[rows] if x.ndim == 2 else x[rows].mean(1), dtype=np.float32)
     return Vectors(ids, one(there["video"]) if "video" in there else None, {k[6:]: one(x) for k, x in there.items() if k != "video"})
 
-# %% ../nbs/55_probing.ipynb #b22115fa
+# %% ../nbs/55_probing.ipynb #40e13b76
 def toy(
     who:Subject,
     share:float=1.,  # of the scenes: for quick runs
@@ -109,7 +110,8 @@ def toy(
     "The toy's questions: the method's own, where there is a run, and those that anyone's vectors can be asked."
     sets, found = dub_sets(settings().data, "test", recipe("B5").store, share=share), {"metrics": {}, "baselines": {}}
     if who.folder is not None and who.recipe is not None and who.recipe.data.source is None:
-        found, _ = method_of(who.recipe).test(who.model, device, before=began_with(who.folder))
+        asked = replace(who.recipe, data=replace(who.recipe.data, videos=max(1, round(who.recipe.data.videos*share))))
+        found, _ = method_of(asked).test(who.model, device, before=began_with(who.folder))
     if who.model is None: made = {who.name: tuple(saved_vectors(who.folder, sets[part]) for part in ("probe", "test"))}
     else:
         models = {who.name: who.model} | ({} if (fresh := who.untrained()) is None else {"random init": fresh.to(device)})

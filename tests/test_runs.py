@@ -25,7 +25,7 @@ from avnb.training import fit, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {p.stem: p for p in sorted((ROOT / "nbs").glob("*.ipynb")) if re.match(r"(train|infer|probe|dub|bench|study_|browse_)", p.name)}
-EXPECTED = {"train": "variant scale data name out steps save_every seed init overrides force_new training model visualization wandb quick", "infer": "checkpoint cfg overrides input_dir output_dir tracks kinds precision quick", "bench": "quick"}
+EXPECTED = {"train": "variant scale data name out steps save_every seed init overrides force_new training model visualization wandb quick", "infer": "checkpoint cfg overrides input_dir output_dir tracks kinds precision quick", "bench": "quick", "probe": "checkpoint embeddings protocol lists media out which limit seeds beside quick"}
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "WANDB_SILENT": "true"}
 TINY = {"train.batch_size": 6, "train.val_every": 12, "train.log_every": 1, "store.fps": 2}
 STEPS = 24
