@@ -99,7 +99,7 @@ def _in_child(out, name, say, module, threads, stop)->str|None:
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return f"killed by signal {-child.returncode}" if child.returncode < 0 else (errors or lines or [f"exit status {child.returncode}"])[-1]
 
-# %% ../nbs/44_sweeps.ipynb #7daead46
+# %% ../nbs/44_sweeps.ipynb #b3fc5f3b
 def sweep(
     recipes:dict,     # {name: Recipe}
     out:str|Path,     # folder: plan.json, a run folder a name, sweep.json
@@ -108,7 +108,8 @@ def sweep(
     jobs:int=1,       # runs at a time
     threads:int|None=None, # of each run; None = as the environment says
     module:str="avnb.sweeps", # whose `--one` makes a run
-)->Path:              # sweep.json, what `aggregate` gives
+    summary:bool=True, # sweep.json holds what `aggregate` gives
+)->Path:              # sweep.json, what `aggregate` gives, and what failed
     "Run what is not finished yet, and write the aggregate. RuntimeError, after all others have run, names the runs that failed."
     out = Path(out)
     there = read_json(out/"plan.json") if (out/"plan.json").is_file() else {"command": "", "runs": {}}
@@ -123,7 +124,7 @@ def sweep(
                 bar.update()
         except KeyboardInterrupt: stop.set(); pool.shutdown(cancel_futures=True); raise
     failed = {name: failed[name] for name in todo if name in failed}
-    path = write_json(out/"sweep.json", {**aggregate(out), "failed": failed})
+    path = write_json(out/"sweep.json", {**(aggregate(out) if summary else {}), "failed": failed})
     if failed: raise RuntimeError(f"{len(failed)} of {len(recipes)} runs failed: " + "; ".join(f"{k} ({why}; {out/k/'log.txt'})" for k, why in failed.items()) + ". The same call tries them again.")
     return path
 
