@@ -121,7 +121,7 @@ DUB_CLAIMS = (
     _H("more than no speech", "dubs do more than leaving speech out, where there is speech", "probe/class/ja", "dub", "nospeech", prior="prototype +.15"),
     _H("no speech, no speech", "leaving speech out is best where nobody speaks", "probe/class/zxx", "nospeech", "none", prior="prototype: yes"))
 
-# %% ../nbs/56_claims.ipynb #b9cbd084
+# %% ../nbs/56_claims.ipynb #89672e25
 DUB_CLAIMS += (
     # what is given up?
     _H("words can be lost", "the word task is one on which training without dubs has something to lose", "spoken/word", "none", "random init", margin=.10, prior="+.31 on runs of development"),
@@ -139,7 +139,7 @@ DUB_CLAIMS += (
 
 DUBS = Study("dubs", "Does training with dubs help, and is it the dubs?", DUB_ARMS, DUB_CLAIMS, (20, 21, 22, 23, 24), "B3",
     common={**_at(.5), "data.videos": 100, "data.seed": 107, "data.test_seed": 200, "data.languages": ("en", *_LATIN, "ja"), "view.dubs": _LATIN, "train.steps": 150, "train.batch_size": 48, "train.val_every": 10_000, "train.save_every": 75, "store.workers": 2},
-    quick={"data.videos": 4, "train.steps": 2, "train.batch_size": 4, "train.log_every": 1}, quick_arms=("none", "dub"), shown=DUB_FIGURES)
+    quick={"data.videos": 4, "train.steps": 2, "train.batch_size": 4, "train.log_every": 1, "store.workers": 0}, quick_arms=("none", "dub"), shown=DUB_FIGURES)
 
 # %% ../nbs/56_claims.ipynb #f11a8ab1
 DENSE_ARMS = (
@@ -174,7 +174,7 @@ DENSE_CLAIMS = (
     _H("heads part, masked", "the same with silent tokens left out", "heads/AP-dis", "two-masked", "together", prior="unknown"),
     _H("heads part, dubs", "with dubs, heads part more than without", "heads/AP-dis", "dubdense", "two", prior="unknown"))
 
-# %% ../nbs/56_claims.ipynb #9ef8af92
+# %% ../nbs/56_claims.ipynb #95539b89
 DENSE_CLAIMS += (
     # dubdense: nobody has it, so there are no priors
     _H("sound head invariant", "the sound head is moved less by language than the speech head", "sound_head/distance_ratio", "dubdense", "dubdense", side="lower", beside="speech_head/distance_ratio", prior="unknown"),
@@ -189,7 +189,7 @@ DENSE_CLAIMS += (
     _H("sound class across languages", "the sound head hears what sounds in a language never heard better than that of two heads without dubs", "sound_head/class", "dubdense", "two", prior="unknown"))
 
 DENSE = Study("dense", "Does density pay, and do heads part?", DENSE_ARMS, DENSE_CLAIMS, (20, 21, 22, 23, 24), "grounding",
-    common={"data.videos": 200, "data.seed": 108, "data.test_seed": 200, "store.languages": ("en", *_LATIN), "train.steps": 300, "train.val_every": 10_000, "train.save_every": 150, "store.workers": 2},
-    quick={"data.videos": 4, "train.steps": 2, "train.batch_size": 4, "train.log_every": 1}, quick_arms=("dense", "dubdense"), shown=DENSE_FIGURES)
+    common={"data.videos": 200, "data.seed": 108, "data.test_seed": 200, "store.languages": ("en", *_LATIN), "train.steps": 300, "train.val_every": 10_000, "train.save_every": 150, "train.draw_n": 1, "store.workers": 2},
+    quick={"data.videos": 4, "train.steps": 2, "train.batch_size": 4, "train.log_every": 1, "store.workers": 0}, quick_arms=("dense", "dubdense"), shown=DENSE_FIGURES)
 
 STUDIES = {s.name: s for s in (DUBS, DENSE)}
