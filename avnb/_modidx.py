@@ -942,6 +942,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'avnb.store.write_rows': ('store.html#write_rows', 'avnb/store.py')},
             'avnb.studies': { 'avnb.studies._aside': ('studies.html#_aside', 'avnb/studies.py'),
                               'avnb.studies._called': ('studies.html#_called', 'avnb/studies.py'),
+                              'avnb.studies._claimed': ('studies.html#_claimed', 'avnb/studies.py'),
                               'avnb.studies._differ': ('studies.html#_differ', 'avnb/studies.py'),
                               'avnb.studies._head': ('studies.html#_head', 'avnb/studies.py'),
                               'avnb.studies._read_run': ('studies.html#_read_run', 'avnb/studies.py'),

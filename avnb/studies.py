@@ -43,7 +43,7 @@ def study_recipes(
         out |= {f"{arm.name},{name}": r for name, r in made.items()}
     return out
 
-# %% ../nbs/56_studies.ipynb #98faa381
+# %% ../nbs/56_studies.ipynb #10aad55f
 def _head(results)->int: # which head answers sounds: by AP-dis, where there are two
     return int(results["metrics"].get("heads/AP-dis/sound_head", {"value": 0})["value"])
 
@@ -57,7 +57,7 @@ def test_run(
     if isinstance(r.model, DualConfig):
         seed_everything(r.seed)
         untrained = method_of(r).model().to(device)
-        more = spoken_trials({"model": model, "random init": untrained}, spoken_clips(seed), device)
+        more = spoken_trials({"model": model, "random init": untrained}, spoken_clips(seed, 2 if r.data.videos >= 50 else 1), device)
     else:
         share = min(1., r.data.videos/200)
         more = head_trials(model, tongue_sets(settings().data, r.store, share, seed), questions(r, "test"), r.view, 0 if r.loss.invariance else _head(found), device)
@@ -186,7 +186,13 @@ def arms_table(
         if cells: rows[study.shown.get(k, k)] = cells | {rule: cell(a["rules"][rule][k]) for rule, a in rules.items() if k in a["rules"][rule]}
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
-# %% ../nbs/56_studies.ipynb #2e6674ed
+# %% ../nbs/56_studies.ipynb #7e317ad2
+def _claimed(v)->dict:
+    "The difference of a verdict, more being better."
+    d, down = v["difference"], v["side"] == "lower"
+    span = {} if d["lo"] is None else {"lo": -d["hi"] if down else d["lo"], "hi": -d["lo"] if down else d["hi"]}
+    return {"value": -d["mean"] if down else d["mean"], **span, "n": d["n"]}
+
 def study_figure(
     study:Study, found:dict,
     names=None, # of hypotheses; None = all that can be told
@@ -200,16 +206,16 @@ def study_figure(
     ax = ax or plt.subplots(figsize=(7.5, .9 + .27*len(rows)), dpi=70, layout="constrained")[1]
     colours = {k: sns.color_palette("colorblind")[i] for k, i in (("shown", 2), ("not shown", 7), ("against", 3))}
     for y, v in enumerate(rows):
-        sign, d, c = (-1 if v["side"] == "lower" else 1), v["difference"], colours[v["verdict"]]
-        if d["clips"]: ax.plot([sign*d["clips"]["lo"], sign*d["clips"]["hi"]], [y + .22]*2, color=c, lw=1)
-        if d["lo"] is not None: ax.plot([sign*d["lo"], sign*d["hi"]], [y, y], color=c, lw=3.5, solid_capstyle="butt")
-        ax.plot(sign*d["mean"], y, "o", color=c, mec="white", ms=6); ax.plot([v["margin"]]*2, [y - .35, y + .35], color="k", lw=1)
+        sign, scenes, d, c = (-1 if v["side"] == "lower" else 1), v["difference"]["clips"], _claimed(v), colours[v["verdict"]]
+        if scenes: ax.plot([sign*scenes["lo"], sign*scenes["hi"]], [y + .22]*2, color=c, lw=1)
+        if "lo" in d: ax.plot([d["lo"], d["hi"]], [y, y], color=c, lw=3.5, solid_capstyle="butt")
+        ax.plot(d["value"], y, "o", color=c, mec="white", ms=6); ax.plot([v["margin"]]*2, [y - .35, y + .35], color="k", lw=1)
     ax.axvline(0, color=".5", lw=.8); ax.set(yticks=range(len(rows)), yticklabels=[v["name"] for v in rows], ylim=(len(rows) - .5, -.5), xlabel="difference in the direction claimed (share, or ratio of distances); black: margin")
     for k, c in colours.items(): ax.plot([], [], "o-", color=c, lw=3, label=k)
     ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1)); ax.tick_params(axis="y", labelsize=8); ax.grid(axis="x", alpha=.3); sns.despine(ax=ax)
     return ax
 
-# %% ../nbs/56_studies.ipynb #314bc41a
+# %% ../nbs/56_studies.ipynb #bc53b1b6
 def as_markdown(
     study:Study, found:dict,
 )->str:
@@ -226,13 +232,12 @@ def publish(
     study:Study, found:dict,
     folder=None, # None = the figures folder
 )->Path:         # the markdown
-    "Write a study's page, numbers and figure as `study_NAME.md`, `.json` and `.png`; the JSON is also a results file, with a difference as its figure and the margin as the rule beside it."
+    "Write a study's page, numbers and figure as `study_NAME.md`, `.json` and `.png`; the JSON is a results file, too, as the front page reads them: by hypothesis, the difference in the direction claimed, beside what was asked."
     import matplotlib.pyplot as plt
     folder, name = Path(folder or settings().figures), f"study_{study.name}"
-    key = lambda v: f"{v['better']} - {v['worse']}: {v['figure']}" + (f" - {v['beside']}" if v["beside"] else "")
-    span = lambda d: {"value": d["mean"], "n": d["n"]} | ({} if d["lo"] is None else {"lo": d["lo"], "hi": d["hi"]})
-    told = {key(v): span(v["difference"]) for v in found["verdicts"]}
-    write_json(folder/f"{name}.json", {**found, "run": name, "protocol": "paired differences over seeds (56_studies)", "metrics": told, "baselines": {"no difference": {k: {"value": 0.} for k in told}}})
+    told = {v["name"]: _claimed(v) for v in found["verdicts"]}
+    rules = {"asked": {v["name"]: {"value": v["margin"]} for v in found["verdicts"]}}
+    write_json(folder/f"{name}.json", {**found, "run": name, "protocol": "paired differences over seeds, in the direction claimed (56_studies)", "metrics": told, "baselines": rules})
     if found["verdicts"]: ax = study_figure(study, found); save_figure(ax.figure, name, f"{study.said} Differences in the direction claimed: thick over seeds (95 % t), thin over scenes (bootstrap).", folder); plt.close(ax.figure)
     return write_atomic(folder/f"{name}.md", as_markdown(study, found))
 
