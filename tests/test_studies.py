@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from test_runs import workplace
 
 from avnb import studies
+from avnb.batches import ClipDataset
 from avnb.checkpoints import checkpoints
 from avnb.claims import DENSE, DUBS, VERDICTS, Hypothesis, verdict
 from avnb.core import read_json, write_atomic, write_json
 from avnb.recipes import from_dict, recipe, to_dict
 from avnb.results import write_items
+from avnb.sources import find_store
 from avnb.studies import arms_table, as_markdown, read_study, run_study, study_recipes, verdicts_table
 from avnb.training import fit
 
@@ -127,6 +129,14 @@ def test_dubdense_goes_on_exactly(tmp_path, monkeypatch):
     again = fit(r, "b", workers=0)
     assert [line["loss"] for line in again.metrics] == [line["loss"] for line in whole.metrics]
     assert Path("a/checkpoints/step_00000004/model.safetensors").read_bytes() == Path("b/checkpoints/step_00000004/model.safetensors").read_bytes()
+    store = find_store(r)
+    views = {dub: ClipDataset(store, None, replace(r.view, dub=dub), seed=3).finisher("cpu")(ClipDataset(store, None, replace(r.view, dub=dub), seed=3).raw(range(12), 1)) for dub in ("", "language", "same")}
+    for name, batch in views.items():
+        assert ("dub" in batch) == bool(name) and all(torch.equal(batch[k], views[""][k]) for k in ("audio", "keep", "image", "row")), "a second hearing moves nothing else"
+    spoken = [i for i, x in enumerate(store["labels"][:12]) if json.loads(x)["shots"][0]["narrator"]]
+    loudest = lambda x: x / x.abs().amax(-1, keepdim=True)
+    apart = lambda name: (loudest(views[name]["dub"]) - loudest(views[""]["audio"])).abs().amax(-1)
+    assert spoken and (apart("language")[spoken] > .1).all() and apart("same").max() < 1e-3 and not torch.equal(views["same"]["dub"], views["same"]["audio"])
     same = fit(replace(r, view=replace(r.view, dub="same")), "c", workers=0)
     assert same.metrics[0]["contrast"] == pytest.approx(whole.metrics[0]["contrast"], rel=.2) and same.metrics[0]["invariance"] < whole.metrics[0]["invariance"], "the same track again is nearer than another language"
 
