@@ -72,7 +72,7 @@ def run_one(
         if _state(folder, recipe) != "finished": test(fit(recipe, folder), command=plan["command"])
     return folder/"results.json"
 
-# %% ../nbs/44_sweeps.ipynb #3485803b
+# %% ../nbs/44_sweeps.ipynb #38fd91c0
 def _at(folder)->str:
     "How far a run is, for the bar."
     file = Path(folder)/"metrics.jsonl"
@@ -81,8 +81,8 @@ def _at(folder)->str:
         f.seek(max(0, file.stat().st_size - 4096)); lines = f.read().split(b"\n")
     return f"step {json.loads(lines[-2])['step']}" if len(lines) > 1 and lines[-2].startswith(b"{") else "training"
 
-def _in_child(out, name, say, module, threads, stop)->str|None:
-    "Run one in a process of its own, its words in log.txt; what went wrong, or None. When `stop` is set, it is interrupted."
+def _in_child(out, name, say, module, threads, halt)->str|None:
+    "Run one in a process of its own, its words in log.txt; what went wrong, or None. It is interrupted when the first of `halt` is set, and killed when the second is."
     (out/name).mkdir(parents=True, exist_ok=True)
     with open(out/name/"log.txt", "ab") as log:
         begin = log.tell()
@@ -90,7 +90,8 @@ def _in_child(out, name, say, module, threads, stop)->str|None:
             env={**os.environ, "PYTHONUNBUFFERED": "1", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}, start_new_session=True)
         asked = False
         while child.poll() is None:
-            if stop.is_set() and not asked: asked = True; child.send_signal(signal.SIGINT)
+            if halt[0].is_set() and not asked: asked = True; child.send_signal(signal.SIGINT)
+            if halt[1].is_set(): child.kill()
             say(f"{name}: {_at(out/name)}")
             try: child.wait(.5)
             except subprocess.TimeoutExpired: pass
@@ -99,7 +100,7 @@ def _in_child(out, name, say, module, threads, stop)->str|None:
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return f"killed by signal {-child.returncode}" if child.returncode < 0 else (errors or lines or [f"exit status {child.returncode}"])[-1]
 
-# %% ../nbs/44_sweeps.ipynb #b3fc5f3b
+# %% ../nbs/44_sweeps.ipynb #7311d2ee
 def sweep(
     recipes:dict,     # {name: Recipe}
     out:str|Path,     # folder: plan.json, a run folder a name, sweep.json
@@ -115,14 +116,18 @@ def sweep(
     there = read_json(out/"plan.json") if (out/"plan.json").is_file() else {"command": "", "runs": {}}
     state = {name: _state(out/name, recipe) for name, recipe in recipes.items()}
     write_json(out/"plan.json", {"format": FORMAT, "command": command or there["command"], "runs": {**there["runs"], **{name: to_dict(r) for name, r in recipes.items()}}})
-    todo, failed, stop = [name for name in recipes if state[name] != "finished"], {}, threading.Event()
+    todo, failed, halt = [name for name in recipes if state[name] != "finished"], {}, (threading.Event(), threading.Event())
     with tqdm(total=len(recipes), initial=len(recipes) - len(todo), desc=out.name, unit="run", disable=not todo) as bar, ThreadPoolExecutor(jobs) as pool:
-        runs = {pool.submit(_in_child, out, name, bar.set_postfix_str, module, threads, stop): name for name in todo}
+        runs = {pool.submit(_in_child, out, name, bar.set_postfix_str, module, threads, halt): name for name in todo}
         try:
             for run in as_completed(runs):
                 if why := run.result(): failed[runs[run]] = why; tqdm.write(f"{runs[run]} failed: {why}")
                 bar.update()
-        except KeyboardInterrupt: stop.set(); pool.shutdown(cancel_futures=True); raise
+        except KeyboardInterrupt:
+            halt[0].set()
+            try: pool.shutdown(cancel_futures=True)
+            except KeyboardInterrupt: halt[1].set()
+            raise
     failed = {name: failed[name] for name in todo if name in failed}
     path = write_json(out/"sweep.json", {**(aggregate(out) if summary else {}), "failed": failed})
     if failed: raise RuntimeError(f"{len(failed)} of {len(recipes)} runs failed: " + "; ".join(f"{k} ({why}; {out/k/'log.txt'})" for k, why in failed.items()) + ". The same call tries them again.")
