@@ -677,6 +677,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'avnb.objectives': { 'avnb.objectives.Grounding': ('objectives.html#grounding', 'avnb/objectives.py'),
                                  'avnb.objectives.Grounding.__init__': ('objectives.html#grounding.__init__', 'avnb/objectives.py'),
                                  'avnb.objectives.Grounding.scores': ('objectives.html#grounding.scores', 'avnb/objectives.py'),
+                                 'avnb.objectives._agreement': ('objectives.html#_agreement', 'avnb/objectives.py'),
                                  'avnb.objectives._forward': ('objectives.html#_forward', 'avnb/objectives.py'),
                                  'avnb.objectives._negatives': ('objectives.html#_negatives', 'avnb/objectives.py'),
                                  'avnb.objectives.moments': ('objectives.html#moments', 'avnb/objectives.py'),

@@ -81,7 +81,7 @@ class Grounding(nn.Module):
             press = gather((press*n)[None], world).sum() / gather(n[None], world).sum()
         return gather(scores, world), press
 
-# %% ../nbs/25_objectives.ipynb #05d9a69b
+# %% ../nbs/25_objectives.ipynb #a2f936ab
 def _negatives(self, out, keep, batch, world):
     "Weights (N, N) of the negatives, or None where all count."
     c = self.config
@@ -97,6 +97,14 @@ def _negatives(self, out, keep, batch, world):
     bad = bad & (bad.sum(1, keepdim=True) < len(bad) - 1)  # a clip that is like all others keeps them
     return negative_weights(bad & bad.T, c.negative_weight)
 
+# %% ../nbs/25_objectives.ipynb #1a843114
+def _agreement(self, out, keep, world):
+    "The weighted term of a second hearing; {} where none is asked for."
+    c = self.config
+    if not c.invariance: return {}
+    if "dub" not in out: raise ValueError("loss.invariance compares two hearings of a scene, and the batch has one. Set view.dub='language', or 'same'.")
+    return {"invariance": c.invariance*head_agreement(out["audio"], keep, out["dub"], out["dub_keep"], self.temperature(), self.model.heads, world)}
+
 def _forward(self,
     out:dict,    # of `DenseAligner.project`: audio (B, T, D), keep (B, T), image (B, P, D) or (B, F, P, D)
     batch:dict,  # of the loader: for splices, silence and labels
@@ -108,10 +116,7 @@ def _forward(self,
     keep, quiet, spliced = moments(batch, out["keep"])
     if c.audible: keep = torch.where((keep & ~quiet).any(-1, keepdim=True), keep & ~quiet, keep)
     audio, image = out["audio"], out["image"]
-    more = {}
-    if c.invariance:
-        if "dub" not in out: raise ValueError("loss.invariance compares two hearings of a scene, and the batch has one. Set view.dub='language', or 'same'.")
-        more = {"invariance": c.invariance*head_agreement(audio, keep, out["dub"], out["dub_keep"], self.temperature(), m.heads, world)}
+    more = _agreement(self, out, keep, world)
     weight = _negatives(self, out, keep, batch, world)
     if m.time_pool > 1:
         quiet, spliced = (pool_time(x[..., None].to(audio), out["keep"], m.time_pool)[0][..., 0] >= .5 for x in (quiet, spliced))
