@@ -241,12 +241,12 @@ def publish(
     if found["verdicts"]: ax = study_figure(study, found); save_figure(ax.figure, name, f"{study.said} Differences in the direction claimed: thick over seeds (95 % t), thin over scenes (bootstrap).", folder); plt.close(ax.figure)
     return write_atomic(folder/f"{name}.md", as_markdown(study, found))
 
-# %% ../nbs/56_studies.ipynb #d9aeccff
+# %% ../nbs/56_studies.ipynb #c843432e
 def main():
     "`python -m avnb.studies --study dubs`."
     p = argparse.ArgumentParser(prog="avnb.studies", description="Run a study, or go on with it, and print its verdicts.")
     p.add_argument("--study", choices=list(STUDIES)); p.add_argument("--arms", nargs="+", help="only these; default: all"); p.add_argument("--seeds", type=int, nargs="+"); p.add_argument("--out")
-    p.add_argument("--quick", action="store_true", help="a few steps of two arms: shows that everything works"); p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    p.add_argument("--quick", action="store_true", help="two steps of an arm or two: shows that everything works"); p.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     p.add_argument("--overrides", type=json.loads, default={}, help='JSON, by arm: {"dub": {"train.lr": 0.001}}'); p.add_argument("--publish", action="store_true", help="only write the page, numbers and figure of what is there to the figures folder")
     p.add_argument("--one", nargs=2, metavar=("OUT", "NAME"), help="only one run, in this process"); p.add_argument("--with_parent", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args()
