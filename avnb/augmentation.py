@@ -61,7 +61,7 @@ class AudioView:
     shift:float = 1.          # share of the free room in which the piece may lie; 0 = the middle
     def still(self): return replace(self, gain_db=0., shift=0.)
 
-# %% ../nbs/13_augmentation.ipynb #f2d7cd60
+# %% ../nbs/13_augmentation.ipynb #f6ca834e
 @dataclass(frozen=True, kw_only=True)
 class View:
     "How a row of a store becomes a training example."
@@ -72,12 +72,14 @@ class View:
     mask:bool = False         # also the label map of the frame, where truth is known
     frames:int = 1            # frames of a clip, spread evenly over it
     splice:float = 0.         # share of clips in which a span of the sound is another clip's (DenseAV's negative audio)
+    dub:str = ""              # a second hearing: "" none | "language" another language's track of the scene | "same" the track again, at another level
     def __post_init__(self):
         if self.frames < 1 or not 0 <= self.splice <= 1: raise ValueError(f"View.frames={self.frames}, splice={self.splice}; expected at least 1 frame and a share from 0 to 1.")
+        if self.dub not in ("", "language", "same") or self.dub and self.splice: raise ValueError(f"View.dub={self.dub!r}, splice={self.splice}; expected '', 'language' or 'same', and no splices beside a second hearing.")
         if self.frame not in ("random", "middle"): raise ValueError(f"View.frame={self.frame!r}; expected 'random' or 'middle'.")
     def still(self)->"View":
         "The same without chance, for evaluation (a track that was drawn becomes the first that fits)."
-        return replace(self, image=self.image.still(), audio=self.audio.still(), frame="middle", splice=0., track="first" if self.track == "random" else self.track)
+        return replace(self, image=self.image.still(), audio=self.audio.still(), frame="middle", splice=0., dub="", track="first" if self.track == "random" else self.track)
 
 # %% ../nbs/13_augmentation.ipynb #f3ea06e6
 def pick_frames(

@@ -148,11 +148,17 @@ def pick_track(
     fits = [i for i in fits if loud_db[i] >= floor_db] or fits
     return fits[int(u*len(fits))]
 
-# %% ../nbs/13_batches.ipynb #a2811a48
+# %% ../nbs/13_batches.ipynb #6e5bcd19
 DRAWS = 16 # numbers that decide the look of a clip with one frame; each of several frames takes one more
 
 @patch
-def _clip(self:ClipDataset, row, u):
+def _dub(self:ClipDataset, row, j, tracks, u):
+    "A second hearing (S,) int16: another language's track, or the same one where there is none or none is asked for."
+    others = [i for i, l in enumerate(tracks) if self.view.dub == "language" and l not in ("zxx", tracks[j])]
+    return np.frombuffer(self.columns["sound"].bytes(row, others[int(u*len(others))] if others else j), np.int16)
+
+@patch
+def _clip(self:ClipDataset, row, u, other=0.):
     "Frames, one track, and their times."
     view, c = self.view, self.columns
     tracks = c["tracks"].row(row).to_pylist()
@@ -164,12 +170,13 @@ def _clip(self:ClipDataset, row, u):
     lo, dur = at/self.rate_hz, n/self.rate_hz
     chosen = pick_frames(times, lo, dur, view, u[:1] if view.frames == 1 else u[DRAWS:], whole=n == len(sound))
     out = dict(frames=[self._frame(row, f, "frames") for f in chosen], sound=sound[at:at + n], time=times[chosen] - lo, offset_s=lo, language=tracks[j])
+    if view.dub: out["dub"] = self._dub(row, j, tracks, other)[at:at + n]
     if view.mask:
         if not len(c["masks"].row(row)): raise ValueError(f"row {row} of the store has no label map; ask with `View(mask=True)` only where truth is known.")
         out["labels"] = [self._frame(row, f, "masks") for f in chosen]
     return out
 
-# %% ../nbs/13_batches.ipynb #f567a5c2
+# %% ../nbs/13_batches.ipynb #36c3901a
 @patch
 def raw(self:ClipDataset,
     indices,     # (B,) numbers of clips
@@ -179,7 +186,8 @@ def raw(self:ClipDataset,
     view, indices = self.view, np.asarray(indices)
     rows = self.rows[indices]
     u = draws(self.seed, epoch, rows, DRAWS + view.frames)
-    parts = [self._clip(int(r), v) for r, v in zip(rows, u, strict=True)]
+    again = draws(self.seed + 1_000_003, epoch, rows, 2) if view.dub else np.zeros((len(rows), 2)) # which track, how loud: of the second hearing
+    parts = [self._clip(int(r), v, w[0]) for r, v, w in zip(rows, u, again, strict=True)]
     size, flip, sounds, at = view.image.size, u[:, 7] < view.image.flip, [p["sound"] for p in parts], None
     if view.splice: sounds, at = splice_batch(sounds, u[:, 12:16], self.group[indices], view.splice, self.rate_hz)
     n, where = np.array([len(s) for s in sounds]), list(zip(boxes(u[:, 3:7], [p["frames"][0].shape[:2] for p in parts], view.image), flip.tolist(), strict=True))
@@ -190,23 +198,25 @@ def raw(self:ClipDataset,
         time=np.stack([p["time"] for p in parts]), offset_s=np.array([p["offset_s"] for p in parts]))
     out = {k: torch.from_numpy(v) for k, v in out.items()} | dict(language=[p["language"] for p in parts])
     if at is not None: out["splice"] = torch.from_numpy(at)
+    if view.dub: out |= dict(dub_pcm=torch.from_numpy(np.stack([np.pad(p["dub"], (0, pcm.shape[1] - len(p["dub"]))) for p in parts])), dub_n=torch.tensor([len(p["dub"]) for p in parts]), dub_gain=torch.from_numpy(gains(again[:, 1], view.audio)))
     out["frames"] = torch.stack([torch.stack([crop(f, *w, size) for f in p["frames"]]) for p, w in zip(parts, where, strict=True)])
     if view.mask: out["labels"] = torch.stack([torch.stack([crop_labels(f, *w, size) for f in p["labels"]]) for p, w in zip(parts, where, strict=True)])
     return out if view.frames > 1 else out | {k: out[k][:, 0] for k in ("frames", "time", "labels") if k in out}
 
-# %% ../nbs/13_batches.ipynb #2bb94169
+# %% ../nbs/13_batches.ipynb #38a64415
 def finish(
     raw:dict, # from `ClipDataset.raw`, on any device
 )->dict:      # image (B,3,size,size), audio and keep (B,S), row (B,) in the store, time (B,) of the frame in s from the sound's start, ...
-    """Make training examples of bytes: also offset_s (B,), where the sound starts in its segment, language, mask (B,size,size) if asked for, and spliced (B,S), True where a splicing view made the sound another clip's.
+    """Make training examples of bytes: also offset_s (B,), where the sound starts in its segment, language, mask (B,size,size) if asked for, and spliced (B,S), True where a splicing view made the sound another clip's; dub and dub_keep (B,S), the second hearing of a view that has one.
     With several frames: image (B,F,3,size,size), time (B,F), mask (B,F,size,size)."""
     audio, keep = waveforms(raw["pcm"], raw["n"], raw["gain"])
     out = dict(image=paint(raw["frames"], raw["matrix"], raw["offset"]), audio=audio, keep=keep)
     if "labels" in raw: out["mask"] = raw["labels"]
     if "splice" in raw: out["spliced"] = in_spans(raw["splice"], audio.shape[1])
+    if "dub_pcm" in raw: out["dub"], out["dub_keep"] = waveforms(raw["dub_pcm"], raw["dub_n"], raw["dub_gain"])
     return out | {k: raw[k] for k in ("row", "time", "offset_s", "language")}
 
-# %% ../nbs/13_batches.ipynb #057d26e3
+# %% ../nbs/13_batches.ipynb #a4ebe6d6
 def collate(
     items:list,              # dicts of `ClipDataset`
     drop_silent:bool = False, # leave out clips without 50 ms above -60 dB of full scale
@@ -218,10 +228,10 @@ def collate(
         if not loud: raise ValueError(f"collate: all {len(items)} clips are silent; choose rows with `audible`.")
         items = loud
     n = [len(i["audio"]) for i in items]
-    padded = ("audio", "keep", "spliced")
+    padded = ("audio", "keep", "spliced", "dub", "dub_keep")
     out = {k: [i[k] for i in items] for k in items[0] if k not in padded}
     out = {k: torch.stack(v) if isinstance(v[0], Tensor) else v for k, v in out.items()}
-    out |= {k: torch.zeros(len(items), max(n), dtype=torch.float if k == "audio" else torch.bool) for k in padded if k != "spliced" or k in items[0]}
+    out |= {k: torch.zeros(len(items), max(n), dtype=torch.float if k in ("audio", "dub") else torch.bool) for k in padded if k in ("audio", "keep") or k in items[0]}
     for b, (i, s) in enumerate(zip(items, n, strict=True)):
         for k in padded:
             if k in out: out[k][b, :s] = i.get(k, k == "keep")

@@ -22,7 +22,7 @@ from .store import open_store, prepare
 from .toy import make_toy
 from .tracksets import DubDataset, DubView
 
-# %% ../nbs/33_dub_trials.ipynb #89865c44
+# %% ../nbs/33_dub_trials.ipynb #4b4c3dbe
 SETS = {"val": {"val": ("dubs_probe", 1, 25)}, "test": {"probe": ("dubs_probe", 2, 100), "test": ("dubs_test", 3, 50)}}  # kind, seed, videos of 4 clips
 
 def dub_sets(
@@ -30,13 +30,14 @@ def dub_sets(
     part:str,         # "val" | "test"
     store,            # StoreConfig, or anything whose `.store` is one
     share:float=1.,   # of the videos, at least two of each: for quick runs
+    seed:int=0,       # added to the sets' own: other videos of the same kind
 )->dict:              # {name: store}
     "Make (once) and open the sets."
     out = {}
-    for name, (kind, seed, n) in SETS[part].items():
-        n = max(2, round(n*share)); where = f"{part}-{name}-{n}"
+    for name, (kind, first, n) in SETS[part].items():
+        n = max(2, round(n*share)); where = f"{part}-{name}-{n}" + f"-seed{seed}"*bool(seed)
         languages = ("en", "es", "fr", "de", "it", "ja") if name == "test" else None
-        raw = make_toy(Path(folder)/"toy"/f"dubs-{where}", n, seed=seed, kind=kind, **({"languages": languages} if languages else {}))
+        raw = make_toy(Path(folder)/"toy"/f"dubs-{where}", n, seed=first + seed, kind=kind, **({"languages": languages} if languages else {}))
         prepare(raw, Path(folder)/"stores"/f"toy-dubs-{where}", recipe=store)
         out[name] = open_store(Path(folder)/"stores"/f"toy-dubs-{where}")
     return out

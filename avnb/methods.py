@@ -126,7 +126,7 @@ class GroundingMethod(Method):
         if self.toy: store = questions(self.recipe)["loc"]; rows = range(len(store))
         return draw_snapshots(model, store, rows, self.recipe.view, folder, step, n, seed=self.recipe.seed)
 
-# %% ../nbs/42_methods.ipynb #1a5332dc
+# %% ../nbs/42_methods.ipynb #c9224cd9
 class DubMethod(Method):
     "LSSD: two looks and two hearings of a scene, vectors, the same or not."
     towers = ("video", "audio")
@@ -152,7 +152,7 @@ class DubMethod(Method):
 
     def retrieve(self, model, rows, device)->dict: return film_and_sound(model, DubDataset(self.store, rows, self.recipe.view.still()), device)
 
-    def sets(self, part:str)->dict: return dub_sets(settings().data, part, self.recipe.store, share=min(1., self.recipe.data.videos/150))
+    def sets(self, part:str)->dict: return dub_sets(settings().data, part, self.recipe.store, share=min(1., self.recipe.data.videos/150), seed=self.recipe.data.test_seed)
 
     def ask_toy(self, model, device)->tuple:
         metrics = dub_trials(model, self.sets("val"), self.recipe.view, device)["metrics"]

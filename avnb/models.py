@@ -76,17 +76,28 @@ class DenseAligner(nn.Module):
 
     def grid(self, height:int, width:int)->tuple: return self.image.grid(height, width)  # (h, w), h*w = P
 
-# %% ../nbs/24_models.ipynb #2b92ec6b
+# %% ../nbs/24_models.ipynb #ffc7fadb
 @patch
 def towers(self:DenseAligner,
     batch:dict, # `audio` (B, S), `keep` (B, S), `image` (B, 3, H, W) or (B, F, 3, H, W); or, from a cache, `audio_tokens`, `audio_keep`, `image_tokens`
 )->dict:        # audio (B, T, dim), keep (B, T), image (B, P, dim) or (B, F, P, dim)
     "What the towers make of a batch."
-    audio, keep = (batch["audio_tokens"], batch["audio_keep"]) if "audio_tokens" in batch else self.audio(batch["audio"], batch.get("keep"))
-    if "image_tokens" in batch: return dict(audio=audio, keep=keep, image=batch["image_tokens"])
+    heard = self.hear(batch)
+    if "image_tokens" in batch: return dict(**heard, image=batch["image_tokens"])
     frames = batch["image"]
     image = self.image(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]) if frames.ndim == 5 else self.image(frames)
-    return dict(audio=audio, keep=keep, image=image)
+    return dict(**heard, image=image)
+
+@patch
+def hear(self:DenseAligner,
+    batch:dict, # as `towers` takes it; with a second hearing also `dub`, `dub_keep` (B, S)
+)->dict:        # audio (B, T, dim), keep (B, T); and dub, dub_keep, of the same shapes
+    "What the audio tower makes of a batch: both hearings at once, so that they share a norm's statistics."
+    known = dict(audio=batch["audio_tokens"], keep=batch["audio_keep"]) if "audio_tokens" in batch else None
+    if "dub" not in batch: return known or dict(zip(("audio", "keep"), self.audio(batch["audio"], batch.get("keep")), strict=True))
+    if known: return known | dict(zip(("dub", "dub_keep"), self.audio(batch["dub"], batch["dub_keep"]), strict=True))
+    pair = [x.tensor_split(2) for x in self.audio(torch.cat([batch["audio"], batch["dub"]]), torch.cat([batch["keep"], batch["dub_keep"]]))]
+    return dict(audio=pair[0][0], keep=pair[1][0], dub=pair[0][1], dub_keep=pair[1][1])
 
 @patch
 def project(self:DenseAligner,
@@ -94,11 +105,15 @@ def project(self:DenseAligner,
 )->dict:         # audio (B, T, D), keep (B, T), image (B, P, D) or (B, F, P, D)
     "The tokens of the common space, each head's slice of length 1 where similarity is cosine."
     audio, keep, image = towers["audio"], towers["keep"], towers["image"]
+    if "dub" in towers: audio, keep = torch.cat([audio, towers["dub"]]), torch.cat([keep, towers["dub_keep"]])
     wide = torch.promote_types(audio.dtype, torch.float32)
     with torch.autocast(audio.device.type, enabled=False):
         flat = image.flatten(0, 1) if image.ndim == 4 else image
         audio, flat = self.ready(self.audio_head(audio.to(wide), keep)), self.ready(self.image_head(flat.to(wide)))
-        return dict(audio=audio, keep=keep, image=flat.unflatten(0, image.shape[:2]) if image.ndim == 4 else flat)
+        out = dict(audio=audio, keep=keep, image=flat.unflatten(0, image.shape[:2]) if image.ndim == 4 else flat)
+    if "dub" not in towers: return out
+    (out["audio"], out["dub"]), (out["keep"], out["dub_keep"]) = audio.tensor_split(2), keep.tensor_split(2)
+    return out
 
 # %% ../nbs/24_models.ipynb #8962e9b0
 @patch

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['token_share', 'moments', 'row_labels', 'Grounding']
 
-# %% ../nbs/25_objectives.ipynb #d8c73f21
+# %% ../nbs/25_objectives.ipynb #f53c8370
 import json, zlib
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from .counterfactuals import head_agreement
 from .heads import pair_scores
 from .losses import SIMILARITIES, GroundingLoss
 from .models import audible_tokens, by_heads
@@ -80,7 +81,7 @@ class Grounding(nn.Module):
             press = gather((press*n)[None], world).sum() / gather(n[None], world).sum()
         return gather(scores, world), press
 
-# %% ../nbs/25_objectives.ipynb #1df588db
+# %% ../nbs/25_objectives.ipynb #a2f936ab
 def _negatives(self, out, keep, batch, world):
     "Weights (N, N) of the negatives, or None where all count."
     c = self.config
@@ -96,6 +97,14 @@ def _negatives(self, out, keep, batch, world):
     bad = bad & (bad.sum(1, keepdim=True) < len(bad) - 1)  # a clip that is like all others keeps them
     return negative_weights(bad & bad.T, c.negative_weight)
 
+# %% ../nbs/25_objectives.ipynb #1a843114
+def _agreement(self, out, keep, world):
+    "The weighted term of a second hearing; {} where none is asked for."
+    c = self.config
+    if not c.invariance: return {}
+    if "dub" not in out: raise ValueError("loss.invariance compares two hearings of a scene, and the batch has one. Set view.dub='language', or 'same'.")
+    return {"invariance": c.invariance*head_agreement(out["audio"], keep, out["dub"], out["dub_keep"], self.temperature(), self.model.heads, world)}
+
 def _forward(self,
     out:dict,    # of `DenseAligner.project`: audio (B, T, D), keep (B, T), image (B, P, D) or (B, F, P, D)
     batch:dict,  # of the loader: for splices, silence and labels
@@ -105,7 +114,9 @@ def _forward(self,
     "The loss of the global batch, equal on all ranks."
     c, m = self.config, self.model
     keep, quiet, spliced = moments(batch, out["keep"])
+    if c.audible: keep = torch.where((keep & ~quiet).any(-1, keepdim=True), keep & ~quiet, keep)
     audio, image = out["audio"], out["image"]
+    more = _agreement(self, out, keep, world)
     weight = _negatives(self, out, keep, batch, world)
     if m.time_pool > 1:
         quiet, spliced = (pool_time(x[..., None].to(audio), out["keep"], m.time_pool)[0][..., 0] >= .5 for x in (quiet, spliced))
@@ -114,7 +125,7 @@ def _forward(self,
     images, total = gather(image, world), lambda sums: gather(sums[None], world).sum(0)
     if c.share_global < 1: scores, press = self.scores(audio, keep, images, step, rank, world)
     whole = gather(global_scores(audio, keep, images.flatten(1, -2), m.similarity), world) if c.share_global else None
-    extra = regularise(audio, keep, image, self.temperature(), c, m.heads, quiet, total=total, spliced=spliced)
+    extra = regularise(audio, keep, image, self.temperature(), c, m.heads, quiet, total=total, spliced=spliced) | more
     return self.loss(scores, press, weight=weight, global_scores=whole, extra=extra)
 
 Grounding.forward = _forward

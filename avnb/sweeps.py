@@ -6,8 +6,9 @@
 __all__ = ['INTERVALS', 'expand', 'run_one', 'sweep', 'over_seeds', 'over_clips', 'aggregate', 'table', 'as_markdown', 'publish',
            'main']
 
-# %% ../nbs/44_sweeps.ipynb #f6d0429c
+# %% ../nbs/44_sweeps.ipynb #996444c4
 import argparse, fcntl, itertools, json, os, re, signal, subprocess, sys, threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def expand(
         for seed in seeds: out[f"{label},seed={seed}" if label else f"seed={seed}"] = replace(made, seed=int(seed))
     return out
 
-# %% ../nbs/44_sweeps.ipynb #61c37412
+# %% ../nbs/44_sweeps.ipynb #d54de6d5
 def _state(folder, recipe)->str:
     "finished | begun | new; ValueError where the folder holds a run of another recipe."
     folder = Path(folder)
@@ -60,6 +61,7 @@ def _stop_with_parent():
 def run_one(
     out:str|Path, # folder of the sweep, with its plan.json
     name:str,     # of the run
+    test=measure, # (run, command=...): writes results.json
 )->Path:          # its results.json
     "Train and measure one run of a sweep, here and now."
     out = Path(out); plan = read_json(out/"plan.json")
@@ -67,10 +69,10 @@ def run_one(
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/".sweep.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if _state(folder, recipe) != "finished": measure(fit(recipe, folder), command=plan["command"])
+        if _state(folder, recipe) != "finished": test(fit(recipe, folder), command=plan["command"])
     return folder/"results.json"
 
-# %% ../nbs/44_sweeps.ipynb #60a8cb01
+# %% ../nbs/44_sweeps.ipynb #38fd91c0
 def _at(folder)->str:
     "How far a run is, for the bar."
     file = Path(folder)/"metrics.jsonl"
@@ -79,46 +81,55 @@ def _at(folder)->str:
         f.seek(max(0, file.stat().st_size - 4096)); lines = f.read().split(b"\n")
     return f"step {json.loads(lines[-2])['step']}" if len(lines) > 1 and lines[-2].startswith(b"{") else "training"
 
-def _in_child(out, name, say)->str|None:
-    "Run one in a process of its own, its words in log.txt; what went wrong, or None."
+def _in_child(out, name, say, module, threads, halt)->str|None:
+    "Run one in a process of its own, its words in log.txt; what went wrong, or None. It is interrupted when the first of `halt` is set, and killed when the second is."
     (out/name).mkdir(parents=True, exist_ok=True)
     with open(out/name/"log.txt", "ab") as log:
         begin = log.tell()
-        child = subprocess.Popen([sys.executable, "-m", "avnb.sweeps", "--one", str(out.resolve()), name, "--with_parent"], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"}, start_new_session=True)
-        try:
-            while child.poll() is None:
-                say(f"{name}: {_at(out/name)}")
-                try: child.wait(.5)
-                except subprocess.TimeoutExpired: pass
-        except KeyboardInterrupt:
-            child.send_signal(signal.SIGINT)
-            try: child.wait()
-            except KeyboardInterrupt: child.kill(); child.wait()
-            raise
+        child = subprocess.Popen([sys.executable, "-m", module, "--one", str(out.resolve()), name, "--with_parent"], stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}, start_new_session=True)
+        asked = False
+        while child.poll() is None:
+            if halt[0].is_set() and not asked: asked = True; child.send_signal(signal.SIGINT)
+            if halt[1].is_set(): child.kill()
+            say(f"{name}: {_at(out/name)}")
+            try: child.wait(.5)
+            except subprocess.TimeoutExpired: pass
     if child.returncode == 0: return None
     lines = [line for line in (out/name/"log.txt").read_bytes()[begin:].decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return f"killed by signal {-child.returncode}" if child.returncode < 0 else (errors or lines or [f"exit status {child.returncode}"])[-1]
 
-# %% ../nbs/44_sweeps.ipynb #951b16ef
+# %% ../nbs/44_sweeps.ipynb #7311d2ee
 def sweep(
     recipes:dict,     # {name: Recipe}
     out:str|Path,     # folder: plan.json, a run folder a name, sweep.json
     *,
     command:str="",   # how the sweep was started, for the record
-)->Path:              # sweep.json, what `aggregate` gives
-    "Run what is not finished yet, one after the other, and write the aggregate. RuntimeError, after all others have run, names the runs that failed."
+    jobs:int=1,       # runs at a time
+    threads:int|None=None, # of each run; None = as the environment says
+    module:str="avnb.sweeps", # whose `--one` makes a run
+    summary:bool=True, # sweep.json holds what `aggregate` gives
+)->Path:              # sweep.json, what `aggregate` gives, and what failed
+    "Run what is not finished yet, and write the aggregate. RuntimeError, after all others have run, names the runs that failed."
     out = Path(out)
     there = read_json(out/"plan.json") if (out/"plan.json").is_file() else {"command": "", "runs": {}}
     state = {name: _state(out/name, recipe) for name, recipe in recipes.items()}
     write_json(out/"plan.json", {"format": FORMAT, "command": command or there["command"], "runs": {**there["runs"], **{name: to_dict(r) for name, r in recipes.items()}}})
-    todo, failed = [name for name in recipes if state[name] != "finished"], {}
-    with tqdm(total=len(recipes), initial=len(recipes) - len(todo), desc=out.name, unit="run", disable=not todo) as bar:
-        for name in todo:
-            if why := _in_child(out, name, bar.set_postfix_str): failed[name] = why; tqdm.write(f"{name} failed: {why}")
-            bar.update()
-    path = write_json(out/"sweep.json", {**aggregate(out), "failed": failed})
+    todo, failed, halt = [name for name in recipes if state[name] != "finished"], {}, (threading.Event(), threading.Event())
+    with tqdm(total=len(recipes), initial=len(recipes) - len(todo), desc=out.name, unit="run", disable=not todo) as bar, ThreadPoolExecutor(jobs) as pool:
+        runs = {pool.submit(_in_child, out, name, bar.set_postfix_str, module, threads, halt): name for name in todo}
+        try:
+            for run in as_completed(runs):
+                if why := run.result(): failed[runs[run]] = why; tqdm.write(f"{runs[run]} failed: {why}")
+                bar.update()
+        except KeyboardInterrupt:
+            halt[0].set()
+            try: pool.shutdown(cancel_futures=True)
+            except KeyboardInterrupt: halt[1].set()
+            raise
+    failed = {name: failed[name] for name in todo if name in failed}
+    path = write_json(out/"sweep.json", {**(aggregate(out) if summary else {}), "failed": failed})
     if failed: raise RuntimeError(f"{len(failed)} of {len(recipes)} runs failed: " + "; ".join(f"{k} ({why}; {out/k/'log.txt'})" for k, why in failed.items()) + ". The same call tries them again.")
     return path
 

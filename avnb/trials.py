@@ -23,7 +23,7 @@ from .negatives import pool_time
 from .store import open_store, prepare
 from .toy import make_toy
 
-# %% ../nbs/32_trials.ipynb #f1e74786
+# %% ../nbs/32_trials.ipynb #4d6000ea
 PARTS = {"val": (1, dict(loc=10, ret=10, speech=10)), "test": (2, dict(loc=20, ret=20, muted=20, speech=20, isolated=20))}  # seed, videos of 10 clips
 
 def toy_sets(
@@ -31,13 +31,14 @@ def toy_sets(
     part:str,               # "val" | "test"
     store,                  # StoreConfig, or anything whose `.store` is one
     share:float=1.,         # of the videos, at least one of each kind: for quick runs
+    seed:int=0,             # added to the sets' own: other videos of the same kind
 )->dict:                    # {kind: store}
     "Make (once) and open the question sets."
-    seed, kinds = PARTS[part]
+    first, kinds = PARTS[part]
     out = {}
     for kind, n in kinds.items():
-        n = max(1, round(n*share)); name = f"{part}-{kind}-{n}"
-        raw = make_toy(Path(folder)/"toy"/name, n, seed=seed, languages=("en",), kind=kind)
+        n = max(1, round(n*share)); name = f"{part}-{kind}-{n}" + f"-seed{seed}"*bool(seed)
+        raw = make_toy(Path(folder)/"toy"/name, n, seed=first + seed, languages=("en",), kind=kind)
         prepare(raw, Path(folder)/"stores"/f"toy-{name}", recipe=store)
         out[kind] = open_store(Path(folder)/"stores"/f"toy-{name}")
     return out

@@ -28,6 +28,7 @@ g = torch.Generator().manual_seed(1)
 draw = lambda *s: torch.randn(*s, generator=g).double()
 batch = dict(audio=draw(n, 3200), keep=torch.ones(n, 3200, dtype=torch.bool), image=draw(n, *([F] if F > 1 else []), 3, 32, 32),
              label=torch.tensor([5, 6, 5, -1, -1, 7, 8]), spliced=torch.rand(n, 3200, generator=g) < 1e-4)
+if r.view.dub: batch |= dict(dub=draw(n, 3200), dub_keep=torch.ones(n, 3200, dtype=torch.bool))
 part = [slice(0, 3), slice(3, 7)][rank] if world > 1 else slice(0, 7)  # unequal shares
 batch = {k: v[part] for k, v in batch.items()}
 how = dict(rank=rank, world=world)
@@ -45,6 +46,7 @@ CASES = {
     "seed": {"model.similarity": "dot", "model.head": "linear", "loss.pressure": .15},
     "denseav": {"model.heads": 2, "loss": {"pressure": .01, "pressure_kind": "pairs", "silence": .01, "variation": .01, "calibration": .1, "specialisation": .05}},
     "paired, hybrid, labels": {"model.aggregate": "paired", "loss": {"share_global": .3, "negatives": "label"}},
+    "dubs": {"model.heads": 2, "loss.invariance": .5, "loss.audible": True, "view.dub": "language"},
     "frames, embedding": {"view.frames": 2, "model.frame_pool": "softmax", "model.time_pool": 2, "loss": {"negatives": "embedding", "negative_weight": .2, "negative_above": .1}},
 }
 
@@ -74,10 +76,11 @@ def test_two_processes_give_one_batch(case, tmp_path):
     agree(*both(tmp_path, CASES[case]))
 
 
-def test_two_processes_give_one_batch_in_pieces(tmp_path):
+@pytest.mark.parametrize("case", ["plain", "dubs"])
+def test_two_processes_give_one_batch_in_pieces(case, tmp_path):
     "Cached gradients over ranks: towers without batch norm, since with it a piece is not encoded as the batch is."
     plain = "import torch.nn as nn, avnb.encoders as e\nclass None_(nn.Identity): pass\ne.BatchNorm1d = e.BatchNorm2d = None_\n"
-    one, two = both(tmp_path, {"model.head": "linear"}, pieces=2, prepare=plain)
+    one, two = both(tmp_path, {"model.head": "linear", **CASES[case]}, pieces=2, prepare=plain)
     agree(one, two)
 
 
