@@ -112,7 +112,7 @@ def show_beside(
     ax.legend(fontsize=8, ncols=min(4, len(rules) + 1), loc="lower center", bbox_to_anchor=(.5, 1), frameon=False)
     return ax
 
-# %% ../nbs/54_report.ipynb #f48aa237
+# %% ../nbs/54_report.ipynb #c677e113
 HEADLINES = ( # results file in the figures folder, figure, what a person calls it
     ("grounding", "loc/pointing", "points at what sounds"),
     ("grounding", "isolated/pointing", "two that could sound, one does"),
@@ -127,7 +127,7 @@ HEADLINES = ( # results file in the figures folder, figure, what a person calls 
     ("B5_toy", "class/en/mlp", "sound class from English, HEAR's network"),
     ("B5_toy", "class/ja/linear", "sound class from Japanese, learnt from English"),
     ("B5_toy", "word/en/linear", "word from English (10), linear"),
-    ("stamps_stamps", "sound/mAP", "stamps: where a real sound is, mAP of pixels"),
+    ("stamps_stamps", "loc/mAP", "stamps: where a real sound is, mAP of pixels"),
     ("stamps_stamps", "speech/mAP", "stamps: where what people name is, mAP of pixels"),
 )
 
