@@ -164,13 +164,13 @@ def _figures(learn, ask, told, asked, seeds, mlp)->tuple: # metrics, baselines, 
         for rule, v in r["baselines"].items(): rules[rule] = {k: x for k, x in v.items() if k in names}
     return metrics, rules, answers
 
-# %% ../nbs/54_known.ipynb #9cd5fcbb
+# %% ../nbs/54_known.ipynb #9d7a1693
 def _items(v:Vectors, asked:list, answers:dict)->list:
     out = []
     for of, x in {**({"video": v.video} if v.video is not None else {}), **v.audio}.items():
         a = answers.get(f"class/{of}/linear")
         said = [r["prediction"][0] for r in rows(a)] if a is not None else [None]*len(v.ids)
         for i, (name, z) in enumerate(zip(v.ids, asked, strict=True)):
-            out.append({"id": name if of == "video" else f"{name}#{of}", "kind": "scene", "modality": "video" if of == "video" else "audio", "language": None if of == "video" else of, "label": z["class"],
+            out.append({"id": name, "kind": "scene", "split": "test", "modality": "video" if of == "video" else "audio", "language": None if of == "video" else of, "label": z["class"],
                         "prediction": said[i], "hit": None if said[i] is None else said[i] == z["class"], "background": z["background"], "word": z["word"].get(of), "voice": z["voice"].get(of), "embeddings": x[i].tolist()})
     return out

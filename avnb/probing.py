@@ -6,7 +6,7 @@
 __all__ = ['CORPORA', 'Subject', 'fresh_subject', 'subject', 'scene_list', 'saved_vectors', 'toy', 'stamps', 'protocols', 'probe',
            'main']
 
-# %% ../nbs/55_probing.ipynb #e162a3a5
+# %% ../nbs/55_probing.ipynb #d8ff36a6
 import argparse, shlex, sys
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from .duals import DualEncoder
 from .dub_trials import dub_sets
 from .embedders import read_array, read_ids
 from .known import MLP, Vectors, known, scene_answers, scene_ids, vectors_of
+from .measures import PROBES
 from .methods import method_of
 from .protocols import PROTOCOLS, evaluate
 from .real import fetch_stamps
@@ -45,7 +46,7 @@ class Subject:
         seed_everything(self.recipe.seed)
         return build_model(self.recipe).eval()
 
-# %% ../nbs/55_probing.ipynb #907514f2
+# %% ../nbs/55_probing.ipynb #3a549e79
 def fresh_subject(
     variant:str="B5",
 )->Subject: # "untrained"
@@ -65,13 +66,13 @@ def subject(
     if (checkpoint is None) == (embeddings is None): raise ValueError(f"checkpoint={checkpoint}, embeddings={embeddings}: needed one of them: a run folder, or a folder of vectors made elsewhere.")
     if embeddings is not None:
         folder = Path(embeddings)
-        if not folder.is_dir(): raise FileNotFoundError(f"embeddings: {folder} is no folder; needed one with list.csv and arrays.")
+        if not folder.is_dir(): raise FileNotFoundError(f"embeddings: {folder} is no folder; needed one with ids.csv and arrays (55_probing says which for the toy, 53_embedders for published protocols).")
         return Subject(folder.resolve().name, None, folder)
     path = Path(checkpoint)
     if path.suffix in (".yaml", ".yml"): return Subject(f"published-{'-'.join(path.resolve().parts[-3:-1])}", load_lssd(path), path.parent)
     return Subject(path.resolve().name, load_run(path, which), path, which)
 
-# %% ../nbs/55_probing.ipynb #c0b55bd3
+# %% ../nbs/55_probing.ipynb #5146a860
 def scene_list(
     sets:dict, # of `dub_sets`
     home:Path, # the data folder
@@ -82,7 +83,7 @@ def scene_list(
         folder = f"toy/dubs-test-{split}-{len(set(store['video_id'][:]))}"
         for name, source, at, dur, tracks in zip(scene_ids(store), store["source"][:], store["start_s"][:], store["dur_s"][:], store["tracks"][:], strict=True):
             one = {"split": {"probe": "learn", "test": "ask"}[split], "path": f"{folder}/{source}", "time": at, "dur_s": dur}
-            out += [{"id": name, **one, "modality": "video", "language": ""}] + [{"id": f"{name}#{k}", **one, "modality": "audio", "language": k} for k in tracks]
+            out += [{"id": name, **one, "modality": "video", "language": ""}] + [{"id": name, **one, "modality": "audio", "language": k} for k in tracks]
     return out
 
 def saved_vectors(
@@ -99,7 +100,7 @@ def saved_vectors(
     one = lambda x: np.asarray(x[rows] if x.ndim == 2 else x[rows].mean(1), dtype=np.float32)
     return Vectors(ids, one(there["video"]) if "video" in there else None, {k[6:]: one(x) for k, x in there.items() if k != "video"})
 
-# %% ../nbs/55_probing.ipynb #40e13b76
+# %% ../nbs/55_probing.ipynb #8351129a
 def toy(
     who:Subject,
     share:float=1.,  # of the scenes: for quick runs
@@ -118,7 +119,7 @@ def toy(
         made = dict(zip(models, zip(*(vectors_of(list(models.values()), sets[part], device) for part in ("probe", "test")), strict=True), strict=True))
     listed = scene_list(sets, settings().data)
     told = known(made, *(scene_answers(sets[part]) for part in ("probe", "test")), seeds, mlp)
-    at = {i["id"]: {k: i[k] for k in ("path", "time", "dur_s")} for i in listed if i["split"] == "ask"}
+    at = {i["id"]: {k: i[k] for k in ("path", "time", "dur_s")} for i in listed if i["split"] == "ask" and i["modality"] == "video"}
     rules = {rule: found["baselines"].get(rule, {}) | told["baselines"].get(rule, {}) for rule in (found["baselines"] | told["baselines"])}
     return {"metrics": found["metrics"] | told["metrics"], "baselines": rules, "items": [i | at[i["id"]] for i in told["items"]], "protocol": "toy: the method's questions, and scenes in six languages by probes (54_known)", "list": listed}
 
@@ -135,7 +136,7 @@ def stamps(
     found = stamp_trials(who.model, stamp_sets(settings().data, "test", made.store, share, dubs=dual), made.view, device, others={"random init": fresh.to(device)} if fresh is not None else None)
     return found | {"protocol": "stamps: held-out recordings (34_stamp_trials)"}
 
-# %% ../nbs/55_probing.ipynb #f86dd861
+# %% ../nbs/55_probing.ipynb #712681e1
 CORPORA = {"toy": toy, "stamps": stamps}
 
 def protocols()->list:
@@ -150,7 +151,7 @@ def probe(
     media:str|Path|None=None,   # the person's copy of its clips
     limit:int|None=None,        # items at most
     share:float=1.,             # of a corpus of ours: for quick runs
-    mlp=MLP,                    # HEAR's network; None: without it
+    mlp=MLP,                    # HEAR's network; None: without it, except in a HEAR task, which is nothing else
     seeds=(0,),
     command:str="",             # how it was called, for the record
 )->dict:                        # what results.json holds
@@ -160,7 +161,7 @@ def probe(
     if who.model is not None: who.model.to(device)
     out = Path(out) if out else (who.folder if who.folder and who.recipe is not None else settings().runs/who.name)/f"probe-{protocol}"
     if protocol in CORPORA: found = CORPORA[protocol](who, share, mlp, seeds, device)
-    else: found = _published(who, protocol, lists, media, out, limit, mlp, seeds)
+    else: found = _published(who, protocol, lists, media, out, limit, mlp, seeds, device)
     out.mkdir(parents=True, exist_ok=True)
     items, listed = found.pop("items", []), found.pop("list", [])
     if items: write_items(out, items)
@@ -173,10 +174,10 @@ def _write_list(path:Path, rows:list)->None:
     import pandas as pd
     write_atomic(path, pd.DataFrame(rows).to_csv(index=False))
 
-# %% ../nbs/55_probing.ipynb #96bd1737
-def _published(who:Subject, protocol:str, lists, media, out:Path, limit, mlp, seeds)->dict:
+# %% ../nbs/55_probing.ipynb #e080c6ef
+def _published(who:Subject, protocol:str, lists, media, out:Path, limit, mlp, seeds, device)->dict:
     if lists is None or media is None: raise ValueError(f"protocol={protocol!r} needs your copies: -p lists (the published list; {PROTOCOLS[protocol].list_from}) and -p media (the folder of its clips); got lists={lists}, media={media}.")
-    found = evaluate(protocol, who.model if who.model is not None else who.folder, lists, media, out, limit, config=mlp, seeds=tuple(seeds))
+    found = evaluate(protocol, who.model if who.model is not None else who.folder, lists, media, out, limit, config=None if mlp == MLP else mlp, probes=tuple(k for k in PROBES if mlp is not None or k != "hear"), seeds=tuple(seeds), device=device)
     return {"protocol": f"{protocol}: {PROTOCOLS[protocol].what}", **found}
 
 # %% ../nbs/55_probing.ipynb #f000d11f
