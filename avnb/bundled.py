@@ -130,14 +130,7 @@ class ToyDubs:
         part = tracks[lang][int(shot["start_s"]*SYNTH_HZ):int(shot["end_s"]*SYNTH_HZ)]
         return dict(film=film, sound=sound_bytes(torch.from_numpy(soxr.resample(part.numpy(), SYNTH_HZ, AUDIO_HZ))))
 
-# %% ../nbs/60_bundled.ipynb #29fbadee
-def _said(train, asked, rows):
-    "What a linear probe, taught English tracks (or films) of the training scenes, says of rows (N, D)."
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, C=.1)).fit(train, asked).predict(rows).tolist()
-
+# %% ../nbs/60_bundled.ipynb #93aa86f3
 def _embedded(run, models):
     "{split: [Scenes of each model], ...}, and the stores: the first rows of the run's test sets."
     from avnb.core import device
@@ -147,13 +140,14 @@ def _embedded(run, models):
     stores = {"train": sets["probe"], "test": sets["test"].select(range(TESTS["test"][2]))}
     return {k: embed_scenes(models, s, run.recipe.view, device("cpu"), HEARD if k == "test" else ("en", "fr", "zxx")) for k, s in stores.items()}, stores
 
-# %% ../nbs/60_bundled.ipynb #8abd7539
+# %% ../nbs/60_bundled.ipynb #8e7886f4
 def make_scenes(
     run:Path,  # a B5 run on the toy corpus
     out:Path,  # folder of the bundled files
 )->dict:
     "Embed the scenes, probe them, and write both models' rows."
     from avnb.core import seed_everything
+    from avnb.dub_trials import probe_says
     from avnb.methods import method_of
     from avnb.results import as_run
     run = as_run(run); seed_everything(run.recipe.seed)
@@ -168,7 +162,7 @@ def make_scenes(
             for lang in (None, *s.heard):
                 tower, taught = (s.film, train.film) if lang is None else (s.heard[lang], train.heard["en"])
                 space.append((s.shown if lang is None else s.said[lang])[:count])
-                for k in PROBED: told[k] += _said(taught.numpy(), [a[k] for a in train.answers], tower[:count].numpy())
+                for k in PROBED: told[k] += probe_says(taught, [a[k] for a in train.answers], tower[:count]).tolist() # taught English tracks, or films
                 if not n: rows += [dict(id=f"{v}#{g}", language=lang or "", modality="audio" if lang else "video", split=split, **{k: a[k] for k in PROBED})
                     for v, g, a in zip(stores[split]["video_id"][:count], stores[split]["segment"][:count], s.answers, strict=False)]
         held |= {f"{name}/embeddings": torch.cat(space).half().numpy(), f"{name}/told": json.dumps(told)}

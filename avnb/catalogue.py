@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAMPS_CREDIT', 'HEARD_HZ', 'fetch_stamps', 'Recording', 'Cutout', 'sounding', 'read_names', 'likeness', 'catalogue']
 
-# %% ../nbs/11_catalogue.ipynb #e5b76f8e
+# %% ../nbs/11_catalogue.ipynb #4673ef3b
 import hashlib
 import os
 import shutil
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .core import FORMAT, LANGUAGES, read_json, settings, stable_hash, to_iso, write_json
+from .core import FORMAT, LANGUAGES, content_hash, read_json, settings, stable_hash, to_iso, write_json
 from .media import decode_audio
 
 # %% ../nbs/11_catalogue.ipynb #f041fbd7
@@ -51,7 +51,7 @@ def _unpack(package:Path, out:Path)->None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with open(file, "wb") as f: shutil.copyfileobj(tar.extractfile(m), f)
 
-# %% ../nbs/11_catalogue.ipynb #824d86be
+# %% ../nbs/11_catalogue.ipynb #5bfa12e3
 def _apt_deb(folder:Path)->Path:
     "Let apt fetch the package."
     if not shutil.which("apt-get"):
@@ -73,7 +73,7 @@ def _checked(package:Path)->Path:
     "The package, if it is the known one."
     if not package.is_file(): raise FileNotFoundError(f"fetch_stamps: there is no package {package}.")
     _, size, sha256 = _PACKAGE
-    with open(package, "rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
+    found = content_hash(package)
     if (package.stat().st_size, found) != (size, sha256):
         raise ValueError(f"{package.name}: {package.stat().st_size:,} bytes with SHA-256 {found}; {_PACKAGE[0]} has {size:,} with {sha256}. Fetch that one.")
     return package

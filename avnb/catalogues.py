@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'KINDS', 'Entry', 'tail_of', 'stem_of', 'Shelf', 'Listing', 'collect', 'csv_rows', 'json_rows',
-           'told', 'number', 'list_file']
+           'field_of', 'number', 'list_file']
 
 # %% ../nbs/53_catalogues.ipynb #fcdabfa4
 import csv
@@ -161,7 +161,7 @@ def csv_rows(
                 elif header: row = dict(zip(names, row, strict=True))
             yield f"{path.name}:{number}", row
 
-# %% ../nbs/53_catalogues.ipynb #0ac6bc2c
+# %% ../nbs/53_catalogues.ipynb #e56456b1
 def json_rows(
     path:str|Path,
     under:str|None=None, # the key below which the entries are, where the file is no plain list
@@ -174,7 +174,7 @@ def json_rows(
     if not isinstance(found, list): raise ValueError(f"{path}: needed a list of entries{f' under {under!r}' if under else ''}; found {type(found).__name__}.")
     for n, row in enumerate(found, 1): yield f"{path.name} entry {n}", row if isinstance(row, dict) else ValueError(f"{str(row)[:60]!r} is no entry")
 
-def told(
+def field_of(
     row:dict,
     name:str,
     kind:type=str,

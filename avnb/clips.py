@@ -56,7 +56,7 @@ def sound_bytes(
         for p in [*s.encode(f), *s.encode(None)]: c.mux(p)
     return out.getvalue()
 
-# %% ../nbs/59_clips.ipynb #2ecebe21
+# %% ../nbs/59_clips.ipynb #1443c68e
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     "Frames, heat and sound of one clip; heat and sound may come by language."
@@ -64,7 +64,7 @@ class Clip:
     heat:dict                 # language -> (K, T, h, w) similarity; (T, h, w) or no dict for one head or track
     sound:dict|None = None    # language -> (S,) in [-1, 1]; or one for all; None = that of the mp4
     frame_times:Tensor|None = None # (F,) s: when each frame comes on; None = spread evenly
-    heads:tuple = ()          # K names
+    heads:tuple = ()          # K names; () = head 1, head 2, ...
     spans:tuple = ()          # (start_s, end_s, name) of what is known to sound
     title:str = ""
     rate_hz:int = AUDIO_HZ    # of the sound
@@ -135,14 +135,14 @@ def packed(
         token_hz=clip.token_hz, dur_s=clip.dur_s, spans=[list(s) for s in clip.spans], sounds=np.cumsum([0, *map(len, sounds)]).tolist(), size=list(clip.frames.shape[-2:]), title=clip.title)
     return dict(picture=clip.mp4 or picture_bytes(clip.frames, clip.dur_s, clip.frame_times), sounds=b"".join(sounds), heat=small.tobytes(), loud=loud.tobytes(), facts=facts)
 
-# %% ../nbs/59_clips.ipynb #e4f968a3
+# %% ../nbs/59_clips.ipynb #505ce2b1
 def clip_of(
     model,                 # DenseAligner, or a run folder
     path:str|Path,         # a video file with sound
     languages=None,        # which tracks; None = all that carry a language, else the first
     start_s:float=0., dur_s:float|None=None, # which part
     fps:float=10.,         # frames a second that are looked at
-    heads:tuple=(),        # their names; None = what the run's results say
+    heads:tuple=(),        # their names; () = head 1, head 2, ...; of one head: similarity
     spans:tuple=(),        # (start_s, end_s, name) of what is known to sound
 )->Clip:
     "A clip with its maps, for `AttentionBrowser`; ValueError names a file that cannot be read, or lacks a track."

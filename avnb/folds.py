@@ -6,11 +6,11 @@
 __all__ = ['PARTS', 'LVU_CLASSES', 'LVU_VALUES', 'merged', 'film_of', 'read_ucf101', 'read_hmdb51', 'esc50_row', 'read_esc50',
            'lvu_answer', 'read_lvu', 'read_hear']
 
-# %% ../nbs/53_folds.ipynb #c780b7c6
+# %% ../nbs/53_folds.ipynb #736f6875
 import math
 from pathlib import Path
 
-from .catalogues import Entry, Listing, Shelf, collect, csv_rows, list_file, number, told
+from .catalogues import Entry, Listing, Shelf, collect, csv_rows, field_of, list_file, number
 from .tasks import read_task
 
 # %% ../nbs/53_folds.ipynb #0a43df37
@@ -74,12 +74,12 @@ def read_hmdb51(
     folder = list_file(lists, "*_test_split1.txt").parent
     return collect("hmdb51", merged(_hmdb_lines(folder)), film_of, Shelf(media))
 
-# %% ../nbs/53_folds.ipynb #d1d001db
+# %% ../nbs/53_folds.ipynb #8c6eb9a7
 def esc50_row(row:dict)->list: # of esc50.csv
     "One sound."
-    fold = told(row, "fold")
+    fold = field_of(row, "fold")
     if fold not in ("1", "2", "3", "4", "5"): raise ValueError(f"fold is {fold!r}; needed 1 to 5")
-    return [(Entry(told(row, "filename"), label=told(row, "category"), fold=int(fold)), {"sound": ("sound", [row["filename"]])})]
+    return [(Entry(field_of(row, "filename"), label=field_of(row, "category"), fold=int(fold)), {"sound": ("sound", [row["filename"]])})]
 
 def read_esc50(
     lists:str|Path, # esc50.csv, or a folder with it

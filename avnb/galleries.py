@@ -116,7 +116,7 @@ def jpeg(
     Image.fromarray(np.moveaxis(np.asarray(torch.as_tensor(frame)), 0, -1)).save(out, "JPEG", quality=quality)
     return out.getvalue()
 
-# %% ../nbs/59_galleries.ipynb #c524dcc6
+# %% ../nbs/59_galleries.ipynb #dc6491aa
 def read_gallery(
     folder:str|Path,          # holds results.json and items.arrow
     clips:str|Path|None=None, # paths of the items are below it; None = below `folder`
@@ -126,9 +126,9 @@ def read_gallery(
     "A run's kept rows; FileNotFoundError or ValueError says what is not there."
     from avnb.results import read_items
     folder = Path(folder)
-    if not (folder/"results.json").is_file(): raise FileNotFoundError(f"{folder} holds no results.json; measure the run first: `python -m avnb.results {folder} --measure`.")
+    if not (folder/"results.json").is_file(): raise FileNotFoundError(f"{folder} holds no results.json; probe the run first: `papermill nbs/probe.ipynb out.ipynb -p checkpoint RUN -p protocol toy` (nbs/probe.ipynb), and give the folder it writes.")
     results, items = read_json(folder/"results.json"), read_items(folder)
-    if not {"id", "embeddings"} <= set(items.columns): raise ValueError(f"{folder}/items.arrow has columns {list(items.columns) or 'none'}; needed `id` and `embeddings`, as probes and protocols write them.")
+    if not {"id", "embeddings"} <= set(items.columns): raise ValueError(f"{folder}/items.arrow has columns {list(items.columns) or 'none'}; needed `id` and `embeddings`, which the toy probe writes: `papermill nbs/probe.ipynb out.ipynb -p checkpoint RUN -p protocol toy` (nbs/probe.ipynb).")
     if "protocol" not in items: items["protocol"] = items["kind"] if "kind" in items else str(results.get("protocol", ""))
     thumbs = tuple(bytes(x or b"") for x in items["picture"]) if "picture" in items else ()
     if media is not None and not (hasattr(media, "thumb") and hasattr(media, "play")): raise ValueError(f"read_gallery: media {type(media).__name__}; needed `thumb(row)` and `play(row)`.")

@@ -43,12 +43,12 @@ def pointing(
     "The pointing game: how many maps peak inside their truth."
     return pointing_each(heat, truth).double().mean().item()
 
-# %% ../nbs/30_metrics.ipynb #416cf6c3
+# %% ../nbs/30_metrics.ipynb #d3ddb781
 def ciou_each(
     heat:Tensor,  # (N, H, W), or bool: already decided
     truth:Tensor, # (N, H, W) bool, or agreement of annotators from 0 to 1
 )->Tensor:        # (N,) from 0 to 1, float64
-    "Consensus IoU of each map, positive above its own median (arXiv:1803.03849)."
+    "Consensus IoU (arXiv:1803.03849) of each map; that it is positive above its own median is later practice."
     heat, truth = _maps("ciou", heat, truth, soft=True)
     _objects("ciou", truth)
     positive = heat if heat.dtype == torch.bool else heat > heat.median(1, keepdim=True).values # the lower of two middles: same positives

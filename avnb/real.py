@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BBB_CREDIT', 'fetch_bbb', 'fetch_stamps', 'make_stamps']
 
-# %% ../nbs/11_real.ipynb #b5bcd085
+# %% ../nbs/11_real.ipynb #b7c44cc5
 import hashlib
 import os
 import subprocess
@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from .catalogue import fetch_stamps
-from .core import FORMAT, settings, sync_folder, write_json
+from .core import FORMAT, content_hash, settings, sync_folder, write_json
 from .media import probe
 from .montage import make_stamps
 
@@ -52,14 +52,11 @@ def _from_sdist(sdist, inner, name, out, size, sha256):
                 if name not in archive.namelist(): raise ValueError(f"{Path(inner).name}: holds no {name}; another version than the known one came.")
                 with archive.open(name) as source: return _stream_to(source, out, size, sha256)
 
-# %% ../nbs/11_real.ipynb #65da2f42
+# %% ../nbs/11_real.ipynb #c1141b30
 BBB_CREDIT = "Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org, CC BY 3.0 (https://creativecommons.org/licenses/by/3.0/)"
 _SDIST = ("moviepy==2.2.1", "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16deacb1")
 _ZIP = "docs/_static/medias/getting_started/moviepy_10_minutes/moviepy_10_minutes.zip"
 _FILM = ("moviepy_10_minutes/resources/bbb.mp4", 50_195_281, "475fbbf34c4c367998f80c29ea03b15a743941179b12da3373fc6706e68621d0")
-
-def _sha256(path):
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def _pip_sdist(requirement, sha256, folder):
     "Let pip fetch a source distribution and check its hash, before anything in it runs."
@@ -72,7 +69,7 @@ def _pip_sdist(requirement, sha256, folder):
         raise ConnectionError(f"pip could not fetch {requirement} (it said: {said[-1].strip()}). Go online and call again; nothing was left half done.")
     return found[0]
 
-# %% ../nbs/11_real.ipynb #afb949cb
+# %% ../nbs/11_real.ipynb #79ba2563
 def fetch_bbb(
     out:str|Path|None=None, # folder for bbb.mp4 and bbb.json (None: bbb/ in the data folder of settings.ini)
 )->Path:                    # the film: 596.5 s, 1280 x 720, 24 pictures a second, stereo
@@ -81,7 +78,7 @@ def fetch_bbb(
     out = settings().data/"bbb" if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
     film = out/"bbb.mp4"
-    if not (film.is_file() and film.stat().st_size == size and _sha256(film) == sha256):
+    if not (film.is_file() and film.stat().st_size == size and content_hash(film) == sha256):
         with tempfile.TemporaryDirectory(dir=out, prefix=".fetch-") as temporary:
             _from_sdist(_pip_sdist(*_SDIST, Path(temporary)), _ZIP, name, film, size, sha256)
     info = probe(film)

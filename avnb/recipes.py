@@ -35,7 +35,7 @@ class DataConfig:
         if self.videos < 2: raise ValueError(f"DataConfig.videos={self.videos}; expected at least 2.")
     shares:tuple = (.9, .1, 0.)  # train, validation, test, by group; the toy corpus has validation and test sets of its own
 
-# %% ../nbs/40_recipes.ipynb #8caf7c84
+# %% ../nbs/40_recipes.ipynb #3eedb1e0
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     "Two towers and what joins them."
@@ -43,7 +43,7 @@ class ModelConfig:
     image:str = "toy"           # "toy", a hub id, or a folder
     pretrained:bool = True      # False: the architecture of a published name with fresh weights
     dim:int = 64                # D
-    similarity:str = "cosine"   # "cosine" | "dot", with the seed's band on the temperature | "product", dot with a log scale from 1 (DenseAV)
+    similarity:str = "cosine"   # "cosine" | "dot", with AV-Align's band on the temperature | "product", dot with a log scale from 1 (DenseAV)
     head:str = "centred"        # "centred" for towers from scratch | "linear"
     heads:int = 1               # K, slices of D that answer apart (DenseAV)
     pool:str = "max"            # over heads: "max" | "sum"

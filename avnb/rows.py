@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'StoreConfig', 'spans', 'loudest_db', 'jpeg', 'png', 'shift', 'read_truth', 'truth_slice', 'clean_name',
-           'content_hash', 'kept_tracks', 'decode_block', 'one_row', 'rows_of']
+           'kept_tracks', 'decode_block', 'one_row', 'rows_of']
 
-# %% ../nbs/12_rows.ipynb #436ecce4
-import hashlib
+# %% ../nbs/12_rows.ipynb #4c553582
 import io
 import json
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .core import AUDIO_HZ, stable_hash, to_iso
+from .core import AUDIO_HZ, content_hash, stable_hash, to_iso
 from .groups import home
 from .languages import all_tracks, present, sounds_of, tracks_of
 from .media import decode_frames, probe
@@ -140,7 +139,7 @@ def truth_slice(
     out["frame_shot"] = [inside.index(i) if i in inside else None for i in truth["shot"][at].tolist()]
     return out, truth["labels"][at]
 
-# %% ../nbs/12_rows.ipynb #6a40a677
+# %% ../nbs/12_rows.ipynb #13b4a4d2
 def clean_name(
     path:Path, # any path, also with bytes that are not UTF-8
 )->str:        # text that Arrow and JSON can hold
@@ -148,12 +147,6 @@ def clean_name(
     return path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 BLOCK = 1500 # frames decoded at once
-
-def content_hash(
-    path:Path, # a file
-)->str:        # 64 hexadecimal digits
-    "SHA-256 of a file's bytes."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def kept_tracks(
     info,               # of the file with the pictures

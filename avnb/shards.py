@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['row_features', 'key', 'arrow_file', 'plan_shards', 'shard_name', 'read_table', 'write_shards']
 
-# %% ../nbs/12_shards.ipynb #9d8a6c5b
+# %% ../nbs/12_shards.ipynb #e0cc9631
 import hashlib
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from .core import stable_hash
-from .rows import content_hash
+from .core import content_hash, stable_hash
 
 # %% ../nbs/12_shards.ipynb #3ae538fe
 def row_features():

@@ -51,7 +51,7 @@ def _assigned(table:Tensor)->Tensor: # (..., K, 2) -> (..., assignments)
     "Half the sum of a head's AP at speech and another one's at sound, for each assignment."
     return torch.stack([(table[..., a, 0] + table[..., b, 1])/2 for a, b in _assignments(table.shape[-2])], -1)
 
-# %% ../nbs/29_specialists.ipynb #b8892ca6
+# %% ../nbs/29_specialists.ipynb #f4831066
 def ap_dis(
     heats:Tensor,     # (K, N, H, W) maps of each head, at the size of the truth
     truth:Tensor,     # (N, H, W) bool or 0/1: what is named, or what sounds
@@ -59,7 +59,7 @@ def ap_dis(
     every:bool=False, # a head sees clips of the other kind as well, in which nothing is its to find
     n:int=1000,       # resamples of the clips, within each kind
     seed:int=0,       # of the resampling
-)->dict:              # AP-dis, lo, hi; speech_head, sound_head; AP/speech, AP/sound; together, shuffled, chance; n
+)->dict:              # AP-dis, lo, hi; speech_head, sound_head; AP/speech, AP/sound; together, by_lot, chance; n
     "How well heads share speech and sound among them, with a 95 % interval, and what there is without telling heads apart."
     if heats.ndim != 4: raise ValueError(f"ap_dis: needs heats (K, N, H, W), one map a head and clip; got {tuple(heats.shape)}.")
     flat, mask = zip(*(_maps("ap_dis", h.cpu(), truth) for h in heats), strict=True)
@@ -76,4 +76,4 @@ def ap_dis(
     (a, b), value = _assignments(len(heats))[int(pairs.argmax())], pairs.max().item()
     chance = mask.mean()/2 if every else (mask[speech].mean() + mask[~speech].mean())/2
     return {"AP-dis": value, "lo": min(lo, value), "hi": max(hi, value), "speech_head": a, "sound_head": b, "AP/speech": exact[a, 0].item(), "AP/sound": exact[b, 1].item(),
-            "together": exact[-1].mean().item(), "shuffled": pairs.mean().item(), "chance": chance.item(), "n": len(speech)}
+            "together": exact[-1].mean().item(), "by_lot": pairs.mean().item(), "chance": chance.item(), "n": len(speech)}

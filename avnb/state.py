@@ -6,15 +6,15 @@
 __all__ = ['entries', 'with_truth', 'stamp', 'contents', 'unchanged', 'only_one', 'before', 'check_broken', 'undubbed', 'summary',
            'commit']
 
-# %% ../nbs/12_state.ipynb #b4cb5bdb
+# %% ../nbs/12_state.ipynb #f70aa62c
 import fcntl
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from .core import FORMAT, read_json, stable_hash, write_json
+from .core import FORMAT, content_hash, read_json, stable_hash, write_json
 from .media import VIDEO_SUFFIXES, find_media
-from .rows import StoreConfig, content_hash
+from .rows import StoreConfig
 from .shards import read_table
 
 # %% ../nbs/12_state.ipynb #6cee0e2a

@@ -154,7 +154,7 @@ def retrieval_chance(
     "What drawing lots finds."
     return {f"{way}/R@{k}": {"value": min(k/n, 1.), "n": n} for way in ("a2v", "v2a") for k in (1, 5, 10)}
 
-# %% ../nbs/32_trials.ipynb #6223d34f
+# %% ../nbs/32_trials.ipynb #23c23af9
 def _half_and_half(speech:Tokens, sound:Tokens)->dict:
     "AP-dis of as many clips of either kind."
     n = min(len(speech.audio), len(sound.audio))
@@ -165,7 +165,7 @@ def _half_and_half(speech:Tokens, sound:Tokens)->dict:
         name, r = "heads/AP-dis" + "/every"*every, ap_dis(heats, truth, torch.arange(2*n) < n, every)
         metrics[name] = {"value": round(r["AP-dis"], 4), "lo": round(r["lo"], 4), "hi": round(r["hi"], 4), "n": r["n"]}
         metrics |= {f"{name}/{k}": {"value": round(r[v], 4)} for k, v in (("speech", "AP/speech"), ("sound", "AP/sound"), ("speech_head", "speech_head"), ("sound_head", "sound_head"))}
-        for rule, key in (("together", "together"), ("shuffled heads", "shuffled"), ("random", "chance")): rules[rule][name] = {"value": round(r[key], 4), "n": r["n"]}
+        for rule, key in (("together", "together"), ("shuffled heads", "by_lot"), ("random", "chance")): rules[rule][name] = {"value": round(r[key], 4), "n": r["n"]}
     return {"metrics": metrics, "baselines": rules}
 
 def disentangling_trial(

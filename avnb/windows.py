@@ -133,28 +133,30 @@ def pictures(
             yield from ((i, upright(last)) for i in sorted(left)); return
     raise ValueError(f"{path}: the picture at {times[min(left)]:.3f} s is damaged. Fetch the file again, or leave it out.")
 
-# %% ../nbs/14_windows.ipynb #d509ee69
+# %% ../nbs/14_windows.ipynb #f391479b
 def video_plan(
     path:str|Path,
     view:WindowView=WindowView(), # noqa: B008
+    spans:list|None=None, # windows to cut; None: of the file's own length
 )->tuple:             # spans [(start_s, end_s), ...] of M windows; (M, F) int64, numbers of pictures
     "Which pictures each window of a video looks at; ValueError names a file that was cut short."
     times = frame_times(path).numpy()
     with opened(path) as c: s = pictures_of(c); per_s, fps = float(1/s.time_base), float(s.average_rate or s.guessed_rate or 0)
-    ticks, spans, index = np.rint(times*per_s).astype(np.int64), window_spans(float(times[-1]), view.clip_s), []
+    ticks, spans, index = np.rint(times*per_s).astype(np.int64), spans or window_spans(float(times[-1]), view.clip_s), []
     for a, b in spans:
         first, last = window_frames(ticks, per_s, a, b)
         index.append(first + pick_index(last - first, fps, view.hz, view.frames))
     return spans, np.stack(index)
 
-# %% ../nbs/14_windows.ipynb #ab2f7fd8
+# %% ../nbs/14_windows.ipynb #44a400e6
 def video_windows(
     path:str|Path,
     view:WindowView=WindowView(),  # noqa: B008
     wanted=None,  # number of a window -> whether to cut it; None: all
+    spans:list|None=None, # windows to cut; None: of the file's own length
 )->Iterator:      # (number of the window, (start_s, end_s), (3, F, h, w) float32 in [0, 1]: short side `view.side`)
     "The windows of a video, decoded in one pass."
-    spans, index = video_plan(path, view)
+    spans, index = video_plan(path, view, spans)
     todo = [w for w in range(len(spans)) if wanted is None or wanted(w)]
     kept = {}                                          # pictures that a window to come looks at
     shown = pictures(path, index[todo].ravel()) if todo else iter(())
