@@ -73,12 +73,11 @@ def asked_windows(
     if not start and end == probe(path).dur_s: return None
     return [(start + a, start + b) for a, b in window_spans(end - start, clip_s)]
 
-# %% ../nbs/53_embedders.ipynb #dbfafaaf
+# %% ../nbs/53_embedders.ipynb #e5e9810e
 def spread(start:float, end:float, parts:int)->list: return [start + (end - start)*(k + .5)/parts for k in range(parts)] # the middles of equal parts
 
 def clip_pictures(
-    e:Entry,
-    parts:int=1,
+    e:Entry, parts:int=1,
     longest:float|None=LONGEST_S,
 )->Tensor:   # (parts, 3, H, W) uint8
     "The picture of a clip: its image; of a film, what is on screen in the middle of each part."
@@ -90,9 +89,7 @@ def clip_pictures(
     return torch.from_numpy(x).permute(2, 0, 1)[None].expand(parts, -1, -1, -1)
 
 def clip_sounds(
-    e:Entry,
-    rate_hz:int,
-    parts:int=1,
+    e:Entry, rate_hz:int, parts:int=1,
     seconds:float=1., # of each part, where there are several
     longest:float|None=LONGEST_S,
 )->list:              # of (S,) float32
