@@ -72,7 +72,7 @@ def run_one(
         if _state(folder, recipe) != "finished": test(fit(recipe, folder), command=plan["command"])
     return folder/"results.json"
 
-# %% ../nbs/44_sweeps.ipynb #38fd91c0
+# %% ../nbs/44_sweeps.ipynb #29311a8f
 def _at(folder)->str:
     "How far a run is, for the bar."
     file = Path(folder)/"metrics.jsonl"
@@ -90,7 +90,7 @@ def _in_child(out, name, say, module, threads, halt)->str|None:
             env={**os.environ, "PYTHONUNBUFFERED": "1", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}, start_new_session=True)
         asked = False
         while child.poll() is None:
-            if halt[0].is_set() and not asked: asked = True; child.send_signal(signal.SIGINT)
+            if halt[0].is_set() and not asked: asked = True; child.stdin.close() # it interrupts itself, once it can: a signal that comes amid its imports may be lost
             if halt[1].is_set(): child.kill()
             say(f"{name}: {_at(out/name)}")
             try: child.wait(.5)
