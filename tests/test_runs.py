@@ -104,7 +104,17 @@ def test_each_other_run_once(name, tmp_path):
     executed(out)
 
 
-@pytest.mark.parametrize("name", RUNS)
+TOLD = [n for n in RUNS if not n.startswith("browse_")]  # runs that take parameters; a browser is opened
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", TOLD)
+def test_parameters_are_checked_before_anything_else(name):
+    code = ["".join(c["source"]) for c in json.loads(RUNS[name].read_text())["cells"] if c["cell_type"] == "code"]
+    assert code[1] == "from avnb.core import check_parameters\ncheck_parameters(In)"
+
+
+@pytest.mark.parametrize("name", ["train", "probe"])
 def test_an_unknown_parameter_is_refused(name, tmp_path):
     wrong, right = ("variantt", "variant") if name == "train" else ("quickk", "quick")
     done, out = papermill(name, workplace(tmp_path), "-p", wrong, "x")
@@ -114,7 +124,7 @@ def test_an_unknown_parameter_is_refused(name, tmp_path):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", TOLD)
 def test_help_reads_well(name):
     from papermill.inspection import inspect_notebook
     found = inspect_notebook(str(RUNS[name]))
@@ -122,6 +132,7 @@ def test_help_reads_well(name):
     for parameter in found.values():
         assert parameter["inferred_type_name"] not in (None, "None", ""), f"{parameter['name']} has no type"
         assert len(parameter["help"]) > 5, f"{parameter['name']} has no comment"
+    if name != "train": return  # papermill prints what it inspected: asked once
     done = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", str(RUNS[name])], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT)
     assert done.returncode == 0 and all(f"  {n}: " in done.stdout for n in found), done.stdout + done.stderr
 

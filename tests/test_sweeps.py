@@ -53,11 +53,14 @@ def said(child, status=0):
 def lines(run): return (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
 
 
-def struck(child, run, blow, after):
-    "Strike a sweep down once its run has come so far; how far the run came."
+def went_on(run): return (run / "log.txt").read_text().count("goes on from step") if (run / "log.txt").is_file() else 0
+
+
+def struck(child, run, blow, after, begun=0):
+    "Strike a sweep down once its run has gone on so often, and come so far."
     try:
         until = time.time() + 120
-        while len(lines(run)) < after:
+        while went_on(run) < begun or len(lines(run)) < after:
             assert child.poll() is None and time.time() < until, child.communicate()
             time.sleep(.01)
         child.send_signal(blow)
@@ -73,7 +76,7 @@ def story(place):
     args = ("--data", "clips", "--seeds", 0, 1, "--steps", STEPS, "--grid", json.dumps({"model.audio": ["toy", "nowhere/at-all"]}), "--out", "story")
     more, run = {"train.save_every": 1000, "data.shares": [.5, .5, 0]}, place / "story/model.audio=toy,seed=0"
     struck(started(place, *args, **more), run, signal.SIGKILL, 4)
-    struck(started(place, *args, **more), run, signal.SIGINT, 16)  # the killed one may still be saving: a lock makes this one wait
+    struck(started(place, *args, **more), run, signal.SIGINT, 16, begun=1)  # the killed one may still be saving: a lock makes this one wait
     reached = len(lines(run))
     return place / "story", said(started(place, *args, **more), status=1), reached
 

@@ -543,7 +543,9 @@ def negative_is_nothing(mp):
 
 
 def silence_answers(mp): mp.setattr(viz, "_heard", lambda heat, *a: heat)
-def no_colour_bar(mp): mp.setattr(viz, "_scale_panel", lambda height, width, *a: np.full((height, width, 3), 20, np.uint8))
+def no_colour_bar(mp):
+    right = viz._scale_panel
+    mp.setattr(viz, "_scale_panel", lambda *a: np.full_like(right(*a), 20))
 
 
 # ---- 11: videos play in a browser ----
