@@ -1,4 +1,5 @@
 """The site: builds without a warning, and every link, anchor and picture in it is there."""
+import json
 import re
 import shutil
 import subprocess
@@ -40,6 +41,20 @@ def site(tmp_path_factory):
     return home / "_site"
 
 
+@pytest.mark.quick
+def test_links_of_notebooks_lead_somewhere():
+    "Files and notebooks alone; the built pages and their anchors are looked at by `make soak`, since a site takes most of a minute."
+    gone = []
+    for notebook in sorted((ROOT / "nbs").glob("*.ipynb")):
+        for cell in json.loads(notebook.read_text())["cells"]:
+            text = re.sub(r"```.*?```|`[^`]*`", "", "".join(cell["source"]), flags=re.S) if cell["cell_type"] == "markdown" else ""
+            for link in re.findall(r"\]\(([^)\s]+)\)", text):
+                if re.match(r"[a-zA-Z][\w+.-]*:|#", link): continue
+                if not (notebook.parent / unquote(link.partition("#")[0])).exists(): gone.append(f"{notebook.name}: {link}")
+    assert not gone, "\n".join(gone)
+
+
+@pytest.mark.soak
 def test_every_link_and_anchor_resolves(site):
     pages = {p: Links(p.read_text()) for p in site.rglob("*.html")}
     assert len(pages) > 150
@@ -55,6 +70,7 @@ def test_every_link_and_anchor_resolves(site):
     assert not gone, f"{len(gone)} links lead nowhere:\n" + "\n".join(sorted(gone)[:40])
 
 
+@pytest.mark.soak
 def test_all_notebooks_modules_and_results_have_a_page(site):
     for notebook in (ROOT / "nbs").glob("[!._]*.ipynb"):
         assert notebook.stem == "index" or (site / "nbs" / f"{notebook.stem}.html").is_file(), notebook.name
@@ -66,6 +82,7 @@ def test_all_notebooks_modules_and_results_have_a_page(site):
     assert all(f">{n}" in (site / "api" / "core.html").read_text() for n in names)
 
 
+@pytest.mark.soak
 def test_no_page_needs_another_machine_to_be_read(site):
     "Scripts, styles and fonts lie in the site; mathematics alone is set by MathJax from its own server, and diagrams, of which there are none, would be by Mermaid."
     for page in site.rglob("*.html"):
