@@ -1251,6 +1251,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'avnb.stamp_trials._figures': ('stamp_trials.html#_figures', 'avnb/stamp_trials.py'),
                                    'avnb.stamp_trials._of_another': ('stamp_trials.html#_of_another', 'avnb/stamp_trials.py'),
                                    'avnb.stamp_trials._told': ('stamp_trials.html#_told', 'avnb/stamp_trials.py'),
+                                   'avnb.stamp_trials._visible': ('stamp_trials.html#_visible', 'avnb/stamp_trials.py'),
                                    'avnb.stamp_trials.choose_stamps': ('stamp_trials.html#choose_stamps', 'avnb/stamp_trials.py'),
                                    'avnb.stamp_trials.embed_asked': ('stamp_trials.html#embed_asked', 'avnb/stamp_trials.py'),
                                    'avnb.stamp_trials.mean_interval': ('stamp_trials.html#mean_interval', 'avnb/stamp_trials.py'),
