@@ -52,7 +52,7 @@ def _cast(g, s:Stock, kind, part, languages, espeak, per_family):
     sounding = {i: c if c in loud[f] and g.random() < .5 else _pick(g, loud[f]) for i, (c, f) in enumerate(zip(cast, order, strict=True)) if sounds[i]}
     return cast, sounding, [i for i, c in enumerate(cast) if c in named.get(order[i], ())], order.index(first[0])
 
-# %% ../nbs/11_montage.ipynb #c0ac67ea
+# %% ../nbs/11_montage.ipynb #77180760
 def _places(g, n:int):
     "Centres that keep objects of about 30 px mostly apart."
     best, far = None, -1
@@ -69,6 +69,7 @@ def _slot(g, kind, sounding:list, named:list, asked:int)->tuple:
     plays = sounding if kind != "scenes" else [_pick(g, sounding)] if sounding and (mode < .45 or mode > .8 or not named) else []
     return plays, (_pick(g, named) if mode > .45 and named else None) if kind == "scenes" else (asked if kind.startswith("speech") else None)
 
+# %% ../nbs/11_montage.ipynb #64f60d2f
 def _shot(g, s:Stock, kind, part, languages, espeak, per_family, start_s)->dict:
     "Everything about one shot, as numbers and names."
     cast, sounding, named, asked = _cast(g, s, kind, part, languages, espeak, per_family)
@@ -113,7 +114,7 @@ def draw(
             frames.append(picture); labels.append(label); number.append(k)
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(), np.stack(labels), np.array(number, np.uint8)
 
-# %% ../nbs/11_montage.ipynb #28135d34
+# %% ../nbs/11_montage.ipynb #64a6ad3a
 def _piece(g, x:np.ndarray, room_s:float)->tuple:
     "What a slot holds of a recording: sound (S,), and spans in seconds."
     room = int(room_s*HZ)
@@ -143,6 +144,7 @@ def _played(g, s:Stock, kind, part, r)->np.ndarray:
     x = s.heard(r, float(g.choice(SPEEDS[kind])) if kind in TAUGHT and part == "train" else 1.)
     return _elsewhere(g, x) if kind == "lessons" else x
 
+# %% ../nbs/11_montage.ipynb #9df0c356
 def _effects(g, s:Stock, kind, shots, part, total:int):
     "Effects (S,), and for each shot each object's spans in seconds."
     out, spans = np.zeros(total, np.float32), []
