@@ -159,7 +159,7 @@ def _effects(g, s:Stock, kind, shots, part, total:int):
                 spans[-1][i] += [(round(at_s + on, 4), round(at_s + off, 4)) for on, off in when]
     return out, spans
 
-# %% ../nbs/11_montage.ipynb #e3a8db74
+# %% ../nbs/11_montage.ipynb #6908811c
 def _one_name(g, s:Stock, c, lang, how, kind, part, espeak):
     "One name: sound at HZ, who speaks, and which recording; None where nobody can."
     if how is None or g.random() < espeak:
@@ -171,6 +171,7 @@ def _one_name(g, s:Stock, c, lang, how, kind, part, espeak):
         if how is None: return None
     return _played(g, s, kind, part, how), f"person {lang}", how
 
+# %% ../nbs/11_montage.ipynb #512ae40e
 def _speech(g, s:Stock, kind, shots, part, languages, espeak, total):
     "One track (S,) a language, and what was said: [(shot number, truth), ...]."
     tracks, told = {lang: np.zeros(total, np.float32) for lang in languages}, []
