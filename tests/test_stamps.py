@@ -116,6 +116,17 @@ def test_scenes_hear_only_their_part(forged):
                 assert all(s.parts.stamps[c.id] == (part if kind.endswith("_new") or kind == "dubs" else "train") for c in shot["cast"])
 
 
+def test_lessons_change_their_cast_and_keep_their_grounds(forged):
+    s, out = stock(forged.resolve()), []
+    for i in range(6): out += plan(s, "lessons", i, languages=["fr", "es"])
+    assert len(out) == 60 and all(x["end_s"] - x["start_s"] == 1 and len(x["cast"]) in (1, 2) for x in out)
+    assert all(bool(plays) != (target is not None) for x in out for plays, target in x["slots"])  # an effect or a name, never both, never nothing
+    assert len({(x["background"], x["place"]) for x in out}) <= 36 and len({str([c.id for c in x["cast"]]) for x in out}) > 10
+    one = next((x, y) for k, x in enumerate(out) for y in out[k + 1:] if (x["background"], x["place"]) == (y["background"], y["place"]))
+    bare = [draw(s, [x | {"cast": [], "looks": [], "moves": []}])[0] for x in one]
+    assert (bare[0] == bare[1]).all()
+
+
 def test_masks_are_the_alpha_that_was_pasted(forged):
     s = stock(forged.resolve())
     for kind, number in (("scenes", 0), ("scenes", 1), ("loc", 0)):
