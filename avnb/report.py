@@ -90,7 +90,7 @@ def show_beside(
     ax.legend(fontsize=8, ncols=min(4, len(rules) + 1), loc="lower center", bbox_to_anchor=(.5, 1), frameon=False)
     return ax
 
-# %% ../nbs/54_report.ipynb #c677e113
+# %% ../nbs/54_report.ipynb #2ef537d0
 HEADLINES = ( # results file in the figures folder, figure, what a person calls it
     ("grounding", "loc/pointing", "points at what sounds"),
     ("grounding", "isolated/pointing", "two that could sound, one does"),
@@ -103,8 +103,8 @@ HEADLINES = ( # results file in the figures folder, figure, what a person calls 
     ("B5", "same_scene/en_ja/R@1", "Japanese track for the English one, R@1 of 200"),
     ("B5", "distance_ratio", "distance of dubs / of scenes (less is better)"),
     ("B5_toy", "class/en/mlp", "sound class from English, HEAR's network"),
-    ("B5_toy", "class/ja/linear", "sound class from Japanese, learnt from English"),
-    ("B5_toy", "word/en/linear", "word from English (10), linear"),
+    ("B5_toy", "class/ja/linear", "sound class from Japanese, learnt from English (linear, C by validation)"),
+    ("B5_toy", "word/en/linear", "word from English (10; linear, C by validation)"),
     ("stamps_stamps", "loc/mAP", "stamps: where a real sound is, mAP of pixels"),
     ("stamps_stamps", "speech/mAP", "stamps: where what people name is, mAP of pixels"),
 )
