@@ -41,7 +41,8 @@ def place(tmp_path_factory):
 def started(place, *args, **more):
     "`python -m avnb.sweeps` with tiny runs."
     overrides = ["--overrides", json.dumps(TINY | more)] if "--publish" not in args else []
-    return subprocess.Popen([sys.executable, "-m", "avnb.sweeps", *map(str, args), *overrides], cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job is born deaf to Ctrl-C, and so are its children
+    return subprocess.Popen([sys.executable, "-m", "avnb.sweeps", *map(str, args), *overrides], cwd=place, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
 
 
 def said(child, status=0):
