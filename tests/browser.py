@@ -153,15 +153,14 @@ def pictures(out=ROOT / "figures"):
     from playwright.sync_api import sync_playwright
     attention = "b.playing = False; b.language, b.head, b.opacity = 'en', 'all', .85; b.region, b.span, b.time_s = (10/14, 10/14, 11/14, 11/14), None, 2.46"
     scene = "p.run, p.protocol, p.split, p.colour_by = 'B5', 'sound class', 'test', 'label'; r = p.gallery.rows; p.chosen = next(i for i in range(len(p.gallery)) if r['id'][i] == 'dubs_test_0003#1' and r['language'][i] == 'ja')"
-    with Lab("browse_attention.ipynb", "browse_probes.ipynb") as lab, sync_playwright() as play:
-        browser = opened(play)
-        for name, selector, code in (("browse_attention.ipynb", ".avnb-attention", attention), ("browse_probes.ipynb", ".avnb-probes", scene)):
+    for name, selector, code in (("browse_attention.ipynb", ".avnb-attention", attention), ("browse_probes.ipynb", ".avnb-probes", scene)):
+        with Lab(name) as lab, sync_playwright() as play:  # a lab each: it would open both notebooks again in the second page
+            browser = opened(play)
             n = Notebook(lab, browser, name, size=(1440, 1500), scale=1.5)
             n.run_all(f"{selector}[data-drawn]")
             print(dress(n, code, selector, out / f"{Path(name).stem}.png"))
             if "attention" in name: print(dress(n, "b.head, b.time_s, b.region = b.clip.heads[0], 4.42, (3/14, 9/14, 4/14, 10/14)", selector, out / "hero.png"))
-            n.close()
-        browser.close()
+            n.close(); browser.close()
 
 
 if __name__ == "__main__":
