@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FPS', 'KINDS', 'TAUGHT', 'RECURRING', 'EDITION', 'SPEEDS', 'plan', 'draw', 'sound', 'make_stamps', 'main']
 
-# %% ../nbs/11_montage.ipynb #262edef4
-import json, os, subprocess, sys, time
+# %% ../nbs/11_montage.ipynb #5a690098
+import json, os, sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from .core import FORMAT, nearest, read_json, rng, settings, stable_hash, to_iso
 from .cutouts import FAMILIES, voices_of
 from .dictation import HZ, SAID, SLOT_S, VOCAL, Stock, said, stock
 from .media import write_video
+from .toy import share_out
 
 # %% ../nbs/11_montage.ipynb #161d620d
 FPS = 25
@@ -229,7 +230,7 @@ def _make_one(out:Path, s:Stock, i:int, job:dict)->None:
     np.savez_compressed(hidden, labels=labels, shot=number); os.replace(hidden, out/"truth"/f"{stem}.npz")
     write_json(out/"truth"/f"{stem}.json", _truth(s, stem, kind, part, shots, spans, told, _mark(s, i, job)))
 
-# %% ../nbs/11_montage.ipynb #8109c0f4
+# %% ../nbs/11_montage.ipynb #010b14b7
 def make_stamps(
     out:str|Path,             # folder for the mp4 files; `truth/` goes beside them
     n_videos:int,             # how many
@@ -255,24 +256,12 @@ def make_stamps(
     if other := {p.stem for p in out.glob("*.mp4")} - set(names): raise ValueError(f"{out} holds {len(other)} videos that this call would not make, {min(other)} first. Give an empty folder.")
     todo = [i for i, stem in enumerate(names) if not _is_made(out, stem, _mark(s, i, job))]
     n_workers = workers or (os.cpu_count() if len(todo) >= 8 else 1)
-    if n_workers > 1 and len(todo) > 1: _spread(out, todo, n_workers, s.root.parent, job)
+    if n_workers > 1 and len(todo) > 1: share_out(out, todo, n_workers, ["avnb.montage", out, s.root.parent], lambda numbers: [numbers, job], f"stamps {kind}")
     else:
         for i in tqdm(todo, f"stamps {kind}", unit="video", delay=5): _make_one(out, s, i, job)
     return out
 
-# %% ../nbs/11_montage.ipynb #2b43b816
-def _spread(out:Path, todo, n_workers:int, folder:Path, job:dict)->None:
-    "Plain subprocesses, each making every n-th video, as in `10_toy`."
-    begun, env = time.time(), os.environ | {"OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m", "avnb.montage", str(out), str(folder)]
-    procs = [subprocess.Popen([*start, json.dumps([todo[w::n_workers], job])], env=env, stderr=subprocess.PIPE, text=True) for w in range(n_workers)]
-    with tqdm(total=len(todo), desc=f"stamps {job['kind']}", unit="video", mininterval=1, delay=5) as bar:
-        while any(p.poll() is None for p in procs):
-            time.sleep(.25)
-            bar.update(sum(p.stat().st_mtime >= begun for p in (out/"truth").glob("[!.]*.json")) - bar.n)
-    for p in procs:
-        if p.returncode: raise RuntimeError(f"make_stamps: a worker stopped with status {p.returncode}: {p.stderr.read().strip()[-800:]}")
-
+# %% ../nbs/11_montage.ipynb #161823a6
 def main():
     "A worker of `make_stamps`: `python -m avnb.montage OUT FOLDER JOB`."
     torch.set_num_threads(1)
