@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'FEW', 'DUB_ARMS', 'DUB_FIGURES', 'DUB_CLAIMS', 'DUBS', 'DENSE_ARMS', 'DENSE_FIGURES', 'DENSE_CLAIMS',
-           'DENSE', 'STUDIES', 'Arm', 'Hypothesis', 'verdict', 'Study']
+           'DENSE', 'FILMS', 'REAL_FIGURES', 'DUBS_REAL', 'DENSE_REAL', 'STUDIES', 'Arm', 'Hypothesis', 'verdict',
+           'Study']
 
 # %% ../nbs/56_claims.ipynb #7e56856a
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ def verdict(
     if hypothesis.side == "lower": lo, hi = -hi, -lo
     return "shown" if lo > hypothesis.margin else "against" if hi < hypothesis.margin else "not shown"
 
-# %% ../nbs/56_claims.ipynb #8dfa314d
+# %% ../nbs/56_claims.ipynb #11c7e5ba
 @dataclass(frozen=True)
 class Study:
     "Arms, what is claimed of them, and everything they have in common."
@@ -64,6 +65,8 @@ class Study:
     quick:dict = field(default_factory=dict)  # more of them, for a run of seconds
     quick_arms:tuple = () # those of such a run
     shown:dict = field(default_factory=dict)  # {figure: what a person calls it}: the columns of the tables
+    stamps:dict|None = None # learns from scenes of stamps instead of the toy: `kind`, `seed`, `languages`, ... of `make_stamps`
+    after:str = ""          # a study whose run of the same arm and seed each run begins with; "" = random weights
 
     def arm(self, name:str)->Arm:
         "The arm of a name; KeyError names the nearest."
@@ -174,7 +177,7 @@ DENSE_CLAIMS = (
     _H("heads part, masked", "the same with silent tokens left out", "heads/AP-dis", "two-masked", "together", prior="unknown"),
     _H("heads part, dubs", "with dubs, heads part more than without", "heads/AP-dis", "dubdense", "two", prior="unknown"))
 
-# %% ../nbs/56_claims.ipynb #221c556f
+# %% ../nbs/56_claims.ipynb #c3539f24
 DENSE_CLAIMS += (
     # dubdense: nobody has it, so there are no priors
     _H("sound head invariant", "the sound head is moved less by language than the speech head", "sound_head/distance_ratio", "dubdense", "dubdense", side="lower", beside="speech_head/distance_ratio", prior="unknown"),
@@ -192,4 +195,40 @@ DENSE = Study("dense", "Does density pay, and do heads part?", DENSE_ARMS, DENSE
     common={"data.videos": 200, "data.seed": 108, "data.test_seed": 200, "store.languages": ("en", *_LATIN), "train.steps": 300, "train.val_every": 10_000, "train.save_every": 150, "train.draw_n": 1, "store.workers": 2},
     quick={"data.videos": 4, "train.steps": 2, "train.batch_size": 4, "train.log_every": 1, "store.workers": 0}, quick_arms=("dubdense",), shown=DENSE_FIGURES)
 
-STUDIES = {s.name: s for s in (DUBS, DENSE)}
+# %% ../nbs/56_claims.ipynb #66b215dc
+FILMS = ("es", "fr", "ca", "bg", "ru", "da") # languages of the questions
+_both = lambda said: {f"{part}/{name}": f"{what}, {how}" for part, how in (("known", "known recordings"), ("new", "new ones")) for name, what in said.items()}
+REAL_FIGURES = _both({"same_scene/es_da/R@1": "same scene, Spanish to Danish, R@1", "distance_ratio": "distance of dubs / of scenes", "probe/effect/da": "family of the effect, probe from Spanish to Danish", "probe/effect/zxx": "family of the effect, no speech",
+    "es/a2v/class_mAP": "film from Spanish, class mAP", "da/a2v/class_mAP": "film from Danish (unseen), class mAP", "probe/language": "language, which is the speaker (6)"})
+
+DUBS_REAL = Study("dubs_real", "Do dubs help on people's voices, too?", DUB_ARMS[:2], (
+        _H("real: same scene", "dubs bring a scene's tracks together, also in a language never heard", "known/same_scene/es_da/R@1", "dub", "none", prior="toy: +.23"),
+        _H("real: distance", "dubs lessen the distance between a scene's tracks", "known/distance_ratio", "dub", "none", side="lower", prior="toy: -.32"),
+        _H("real: effect", "dubs help to hear what kind of thing sounds", "known/probe/effect/da", "dub", "none", prior="toy: +.13"),
+        _H("real: films", "dubs help to find films of a class by sound", "known/es/a2v/class_mAP", "dub", "none", prior="toy: +.06"),
+        _H("real: films, unseen language", "the same in a language never heard", "known/da/a2v/class_mAP", "dub", "none", prior="toy: +.09"),
+        _H("real: beyond random init", "what dubs teach of effects is more than random towers know", "known/probe/effect/da", "dub", "random init", prior="toy: +.35"),
+        _H("real: language given up", "dubs make language, or speaker, harder to tell", "known/probe/language", "dub", "none", side="lower", prior="toy: -.04"),
+        _H("new: same scene", "the first, where nothing was ever heard before", "new/same_scene/es_da/R@1", "dub", "none", prior="unknown"),
+        _H("new: distance", "the second", "new/distance_ratio", "dub", "none", side="lower", prior="unknown"),
+        _H("new: effect", "the third", "new/probe/effect/da", "dub", "none", prior="study_stamps: effects do not carry over")),
+    (20, 21, 22, 23, 24), "B3", stamps={"kind": "films", "seed": 109, "languages": FILMS[:4]},
+    common={**_at(.5), "data.videos": 100, "data.shares": (1., 0., 0.), "view.track": "es", "view.dubs": FILMS[1:4], "train.steps": 150, "train.batch_size": 48, "train.val_every": 10_000, "train.save_every": 75, "store.workers": 2},
+    quick=DUBS.quick, quick_arms=DUBS.quick_arms, shown=REAL_FIGURES)
+
+# %% ../nbs/56_claims.ipynb #0921145d
+_heads = lambda said: {f"{head}_head/{name}": f"{head} head: {what}" for name, what in said.items() for head in ("sound", "speech")}
+DENSE_REAL = Study("dense_real", "Does dubdense do on people's voices what it does on the toy?", (DENSE.arm("two"), DENSE.arm("dubdense")), (
+        _H("real: sound head invariant", "the sound head is moved less by language than the speech head", "sound_head/new/distance_ratio", "dubdense", "dubdense", side="lower", beside="speech_head/new/distance_ratio", prior="unknown"),
+        _H("real: invariant by training", "and less than the sound head of two heads without dubs", "sound_head/new/distance_ratio", "dubdense", "two", side="lower", prior="unknown"),
+        _H("real: speech head has the words", "words are read off the speech head better than off the sound head", "speech_head/word", "dubdense", "dubdense", beside="sound_head/word", prior="unknown"),
+        _H("real: words kept", "the speech head loses at most 5 points in words against two heads without dubs", "speech_head/word", "dubdense", "two", margin=-.05, prior="unknown"),
+        _H("real: sounds kept", "the model loses at most 5 points in pointing at sounds", "loc/pointing", "dubdense", "two", margin=-.05, prior="unknown"),
+        _H("real: named kept", "and at most 5 in pointing at what is named", "speech/pointing", "dubdense", "two", margin=-.05, prior="unknown"),
+        _H("real: sound class across languages", "the sound head tells the family of an effect in another language better than that of two heads without dubs", "sound_head/known/effect", "dubdense", "two", prior="unknown")),
+    (20, 21, 22, 23, 24), "grounding", after="dense", stamps={"kind": "lessons", "seed": 110, "languages": ("ca", "bg"), "per_family": 3, "espeak": .6},
+    common={"data.videos": 200, "data.shares": (1., 0., 0.), "view.track": "random", "view.image.crop": (.6, 1.), "train.steps": 400, "train.val_every": 10_000, "train.save_every": 200, "train.draw_n": 1, "store.workers": 2},
+    quick=DENSE.quick, quick_arms=DENSE.quick_arms, shown={"loc/pointing": "points at what sounds, known recordings", "speech/pointing": "points at what is named, known recordings",
+        **_heads({"new/distance_ratio": "distance of dubs / of scenes, new recordings", "known/effect": "family of the effect, probe from Catalan to Danish, known recordings", "word": "word (lessons), known recordings", "loc": "points at what sounds", "speech": "points at what is named"})})
+
+STUDIES = {s.name: s for s in (DUBS, DENSE, DUBS_REAL, DENSE_REAL)}

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from avnb.collage import patch
 from avnb.counterfeit import counterfeit, melody, write_ogg
 from avnb.cutouts import FAMILIES, deal, effects_of, family_of, voices_of, what_is
 from avnb.media import decode_audio, probe
-from avnb.montage import KINDS, draw, make_stamps, plan
+from avnb.montage import DUBBED, KINDS, draw, make_stamps, plan
 from avnb.dictation import stock
 from avnb.store import open_store, prepare
 from avnb.rows import StoreConfig
@@ -113,7 +114,7 @@ def test_scenes_hear_only_their_part(forged):
                 continue
             for shot in out:
                 assert all(s.parts.recordings[c.effect.heard] == part for c in shot["sounding"].values())
-                assert all(s.parts.stamps[c.id] == (part if kind.endswith("_new") or kind == "dubs" else "train") for c in shot["cast"])
+                assert all(s.parts.stamps[c.id] == (part if kind.endswith("_new") or kind in DUBBED else "train") for c in shot["cast"])
 
 
 def test_lessons_change_their_cast_and_keep_their_grounds(forged):
@@ -173,6 +174,23 @@ def test_words_are_where_the_truth_says(forged, tmp_path):
             w = told["words"][lang]
             inside[int((w["start_s"] - 0.03) * 16_000) : int((w["end_s"] + 0.03) * 16_000)] = True
         assert (speech[~inside] ** 2).mean() < 0.02 * (speech[inside] ** 2).mean()
+
+
+def test_films_are_spoken_over_in_every_language(forged, tmp_path):
+    out = make_stamps(tmp_path / "films", 1, kind="films", folder=forged, languages=("fr", "es"))
+    truth = json.loads((out / "truth" / "films_0000.json").read_text())
+    effects, s = decode_audio(out / "films_0000.mp4", 16_000, "zxx").numpy(), stock(forged.resolve())
+    heard = {r.heard[:16] for c in s.stamps for r in c.voices.values() if s.parts.recordings[r.heard] == "train"}
+    for lang in ("fr", "es"):
+        speech = decode_audio(out / "films_0000.mp4", 16_000, lang).numpy() - effects
+        for shot in truth["shots"]:
+            said = [n["words"][lang] for n in shot["narrator"] if lang in n["words"]]
+            assert said[0]["start_s"] == shot["start_s"] and said[-1]["end_s"] > shot["end_s"] - .5, "no gap but between names"
+            assert all(.05 < b["start_s"] - a["end_s"] < .15 for a, b in pairwise(said)) and {w["recording"] for w in said} <= heard
+            gaps = np.concatenate([speech[int((a["end_s"] + .03) * 16_000) : int((b["start_s"] - .03) * 16_000)] for a, b in pairwise(said)])
+            assert (gaps ** 2).mean() < .02 * (speech[int(said[0]["start_s"] * 16_000) : int(said[-1]["end_s"] * 16_000)] ** 2).mean()
+    lists = [[[n["words"][lang]["says"] for n in shot["narrator"] if lang in n["words"]] for lang in ("fr", "es")] for shot in truth["shots"]]
+    assert any(set(a) & set(b) for a, b in lists), "languages go through one list"
 
 
 def deb_of(files: dict) -> bytes:
