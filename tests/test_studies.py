@@ -19,7 +19,7 @@ from test_runs import workplace
 from avnb import studies
 from avnb.batches import ClipDataset
 from avnb.checkpoints import checkpoints
-from avnb.claims import DENSE, DUBS, VERDICTS, Hypothesis, verdict
+from avnb.claims import DENSE_REAL, DUBS, STUDIES, VERDICTS, Hypothesis, verdict
 from avnb.core import read_json, write_atomic, write_json
 from avnb.recipes import from_dict, recipe, to_dict
 from avnb.results import write_items
@@ -48,9 +48,11 @@ def test_a_verdict_follows_from_its_interval(a, b, margin):
 
 @pytest.mark.quick
 def test_the_claims_can_be_asked():
-    for study in (DUBS, DENSE):
+    for study in STUDIES.values():
         made = study_recipes(study)
-        assert len(made) == sum(len(a.seeds or study.seeds) for a in study.arms) and all(r.data.seed > 100 and r.data.test_seed == 200 for r in made.values())
+        assert len(made) == sum(len(a.seeds or study.seeds) for a in study.arms)
+        assert all(r.data.source == made[f"{study.arms[0].name},seed=20"].data.source for r in made.values()) if study.stamps else all(r.data.seed > 100 and r.data.test_seed == 200 for r in made.values())
+        assert all(r.init.endswith(f"study_{study.after}/{name}") for name, r in made.items()) if study.after else all(r.init is None for r in made.values())
         assert all(h.figure in study.shown and (not h.beside or h.beside in study.shown) for h in study.hypotheses)
         stores = {json.dumps(to_dict(r)["store"], sort_keys=True) for r in made.values()}
         assert len(stores) == 1, "runs that go side by side share the test stores"
@@ -80,7 +82,7 @@ def played(monkeypatch):
         write_json(out / "plan.json", {"command": command, "runs": {**there, **{k: to_dict(r) for k, r in recipes.items()}}})
         for name, r in recipes.items():
             if (out / name / "results.json").is_file(): continue
-            ran.append(name); pretend(out / name, r, {"none": 0., "dub": .15}[name.partition(",")[0]])
+            ran.append(name); pretend(out / name, r, {"none": 0., "dub": .15, "dubdense": .1}[name.partition(",")[0]])
     monkeypatch.setattr(studies, "sweep", sweep)
     monkeypatch.setattr(studies, "prepare_data", lambda recipes: None)
     return ran
@@ -114,6 +116,25 @@ def test_all_three_verdicts_and_what_is_missing(played, tmp_path):
     assert {v["verdict"] for v in one["verdicts"]} == {"not shown"}, "one seed has no spread"
     shutil.rmtree(tmp_path / "s/dub,seed=21")
     assert read_study(study, tmp_path / "s")["missing"] == ["dub,seed=21"] and verdicts_table(study, read_study(study, tmp_path / "s")).loc["yes", "seeds"] == 1
+
+
+@pytest.mark.quick
+def test_a_run_that_began_with_another_is_run_again_when_that_changes(played, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(studies, "have_stamps", lambda home, forge: None)
+    monkeypatch.setattr(studies, "stamped_folder", lambda home, n, **how: tmp_path / "stamps/scenes/x")
+    after, out, how = tmp_path / "dense", tmp_path / "real", dict(arms=["dubdense"], seeds=(20, 21))
+    with pytest.raises(FileNotFoundError, match="seed=20 holds no checkpoint. Run that study first"): run_study(DENSE_REAL, out, after=after, **how)
+    for seed in (20, 21):
+        there = after / f"dubdense,seed={seed}/checkpoints/step_00000300"
+        there.mkdir(parents=True); (there / "model.safetensors").write_bytes(b"first"); (there / "state.json").write_text("{}")
+    begin = lambda: run_study(DENSE_REAL, out, after=after, **how)
+    first = begin()
+    assert played == ["dubdense,seed=20", "dubdense,seed=21"] and begin() == first and len(played) == 2 and not first["changed"]
+    (after / "dubdense,seed=21/checkpoints/step_00000300/model.safetensors").write_bytes(b"second")
+    begin()
+    assert played[2:] == ["dubdense,seed=21"] and "Other settings than before: dubdense,seed=21." in capsys.readouterr().out
+    (after / "dubdense,seed=21/checkpoints/step_00000300/model.safetensors").write_bytes(b"first")
+    assert begin() == first and len(played) == 3, "the run of before comes back"
 
 
 # ---- dubdense ----
