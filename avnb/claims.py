@@ -195,7 +195,7 @@ DENSE = Study("dense", "Does density pay, and do heads part?", DENSE_ARMS, DENSE
     common={"data.videos": 200, "data.seed": 108, "data.test_seed": 200, "store.languages": ("en", *_LATIN), "train.steps": 300, "train.val_every": 10_000, "train.save_every": 150, "train.draw_n": 1, "store.workers": 2},
     quick={"data.videos": 4, "train.steps": 2, "train.batch_size": 4, "train.log_every": 1, "store.workers": 0}, quick_arms=("dubdense",), shown=DENSE_FIGURES)
 
-# %% ../nbs/56_claims.ipynb #5e3e6aeb
+# %% ../nbs/56_claims.ipynb #070dccef
 FILMS = ("es", "fr", "ca", "bg", "ru", "da") # languages of the questions
 _both = lambda said: {f"{part}/{name}": f"{what}, {how}" for part, how in (("known", "known recordings"), ("new", "new ones")) for name, what in said.items()}
 REAL_FIGURES = _both({"same_scene/es_da/R@1": "same scene, Spanish to Danish, R@1", "distance_ratio": "distance of dubs / of scenes", "probe/effect/da": "family of the effect, probe from Spanish to Danish", "probe/effect/zxx": "family of the effect, no speech",
@@ -214,9 +214,9 @@ DUBS_REAL = Study("dubs_real", "Do dubs help on people's voices, too?", DUB_ARMS
         _H("new: effect", "the third", "new/probe/effect/da", "dub", "none", prior="study_stamps: effects do not carry over")),
     (20, 21, 22, 23, 24), "B3", stamps={"kind": "films", "seed": 109, "languages": FILMS[:4]},
     common={**_at(.5), "data.videos": 100, "data.shares": (1., 0., 0.), "view.track": "es", "view.dubs": FILMS[1:4], "train.steps": 150, "train.batch_size": 48, "train.val_every": 10_000, "train.save_every": 75, "store.workers": 2},
-    quick=DUBS.quick, quick_arms=("dub",), shown=REAL_FIGURES)
+    quick={**DUBS.quick, "data.videos": 2}, quick_arms=("dub",), shown=REAL_FIGURES)
 
-# %% ../nbs/56_claims.ipynb #0921145d
+# %% ../nbs/56_claims.ipynb #6db9d79b
 _heads = lambda said: {f"{head}_head/{name}": f"{head} head: {what}" for name, what in said.items() for head in ("sound", "speech")}
 DENSE_REAL = Study("dense_real", "Does dubdense do on people's voices what it does on the toy?", (DENSE.arm("two"), DENSE.arm("dubdense")), (
         _H("real: sound head invariant", "the sound head is moved less by language than the speech head", "sound_head/new/distance_ratio", "dubdense", "dubdense", side="lower", beside="speech_head/new/distance_ratio", prior="unknown"),
@@ -228,7 +228,7 @@ DENSE_REAL = Study("dense_real", "Does dubdense do on people's voices what it do
         _H("real: sound class across languages", "the sound head tells the family of an effect in another language better than that of two heads without dubs", "sound_head/known/effect", "dubdense", "two", prior="unknown")),
     (20, 21, 22, 23, 24), "grounding", after="dense", stamps={"kind": "lessons", "seed": 110, "languages": ("ca", "bg"), "per_family": 3, "espeak": .6},
     common={"data.videos": 200, "data.shares": (1., 0., 0.), "view.track": "random", "view.image.crop": (.6, 1.), "train.steps": 400, "train.val_every": 10_000, "train.save_every": 200, "train.draw_n": 1, "store.workers": 2},
-    quick=DENSE.quick, quick_arms=DENSE.quick_arms, shown={"loc/pointing": "points at what sounds, known recordings", "speech/pointing": "points at what is named, known recordings",
+    quick={**DENSE.quick, "data.videos": 2}, quick_arms=DENSE.quick_arms, shown={"loc/pointing": "points at what sounds, known recordings", "speech/pointing": "points at what is named, known recordings",
         **_heads({"new/distance_ratio": "distance of dubs / of scenes, new recordings", "known/effect": "family of the effect, probe from Catalan to Danish, known recordings", "word": "word (lessons), known recordings", "loc": "points at what sounds", "speech": "points at what is named"})})
 
 STUDIES = {s.name: s for s in (DUBS, DENSE, DUBS_REAL, DENSE_REAL)}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLACES_OF', 'study_recipes', 'study_folder', 'test_run', 'prepare_data', 'run_study', 'read_study', 'verdicts_table',
-           'arms_table', 'study_figure', 'as_markdown', 'publish', 'main']
+           'arms_table', 'study_figure', 'as_markdown', 'quoted', 'level', 'publish', 'main']
 
-# %% ../nbs/56_studies.ipynb #8136ec89
+# %% ../nbs/56_studies.ipynb #169164db
 import argparse, json, shlex, shutil, sys
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from .checkpoints import Run, checkpoints
 from .claims import STUDIES, Hypothesis, Study, verdict
-from .core import FORMAT, content_hash, device as pick_device, read_json, seed_everything, settings, stable_hash, write_atomic, write_json
+from .core import FORMAT, content_hash, device as pick_device, nearest, read_json, seed_everything, settings, stable_hash, write_atomic, write_json
 from .dub_study import paired
 from .lssd import DualConfig
 from .methods import method_of
@@ -239,7 +239,7 @@ def study_figure(
     ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1)); ax.tick_params(axis="y", labelsize=8); ax.grid(axis="x", alpha=.3); sns.despine(ax=ax)
     return ax
 
-# %% ../nbs/56_studies.ipynb #bc53b1b6
+# %% ../nbs/56_studies.ipynb #4b2f34a1
 def as_markdown(
     study:Study, found:dict,
 )->str:
@@ -252,9 +252,21 @@ def as_markdown(
     return "\n\n".join([f"**{study.said}** {len(found['verdicts'])} hypotheses: " + ", ".join(f"{n} {k}" for k, n in counts.items()) + ".", table(verdicts_table(study, found), "hypothesis") if found["verdicts"] else "No hypothesis can be told yet.",
         "**Figures: mean over seeds ± standard deviation**", table(arms_table(study, found), "figure"), "\n".join(f"- {k}: {v}" for k, v in found["intervals"].items()), runs, *notes, f"Made by `{found['command']}`.", ""])
 
+def quoted(found:dict, name:str)->str:
+    "A difference, its interval over seeds and its verdict, for a sentence; KeyError names the nearest."
+    told = {v["name"]: v for v in found["verdicts"]}
+    if name not in told: raise KeyError(f"{found['study']}: no verdict on {name!r}; {nearest(name, told)}")
+    d = told[name]["difference"]
+    return f"{d['mean']:+.3f}" + ("" if d["lo"] is None else f" [{d['lo']:+.3f}, {d['hi']:+.3f}]") + f", {told[name]['verdict']}"
+
+def level(found:dict, arm:str, figure:str, rule:str|None=None)->str:
+    "The mean of a figure over the seeds of an arm, or of a rule beside it, for a sentence."
+    return f"{np.mean((found['arms'][arm]['rules'][rule] if rule else found['arms'][arm]['figures'])[figure]):.2f}"
+
 def publish(
     study:Study, found:dict,
     folder=None, # None = the figures folder
+    text:str="", # what it means, in words: stands before the tables
 )->Path:         # the markdown
     "Write a study's page, numbers and figure as `study_NAME.md`, `.json` and `.png`; the JSON is a results file, too, as the front page reads them: by hypothesis, the difference in the direction claimed, beside what was asked."
     import matplotlib.pyplot as plt
@@ -263,7 +275,7 @@ def publish(
     rules = {"asked": {v["name"]: {"value": v["margin"]} for v in found["verdicts"]}}
     write_json(folder/f"{name}.json", {**found, "run": name, "protocol": "paired differences over seeds, in the direction claimed (56_studies)", "metrics": told, "baselines": rules})
     if found["verdicts"]: ax = study_figure(study, found); save_figure(ax.figure, name, f"{study.said} Differences in the direction claimed: thick over seeds (95 % t), thin over scenes (bootstrap).", folder); plt.close(ax.figure)
-    return write_atomic(folder/f"{name}.md", as_markdown(study, found))
+    return write_atomic(folder/f"{name}.md", "\n\n".join(x for x in (text, as_markdown(study, found)) if x))
 
 # %% ../nbs/56_studies.ipynb #35d49dd7
 def main():

@@ -9,7 +9,7 @@ from avnb.dub_trials import dub_sets
 from avnb.known import vectors_of
 from avnb.probing import fresh_subject, main, probe, subject
 from avnb.recipes import recipe
-from avnb.report import comparison, index_table
+from avnb.report import claims_table, comparison, index_table
 from avnb.results import read_items
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +81,7 @@ def test_a_shell_gets_the_same(place, capsys, tmp_path):
 
 
 def test_the_front_page_shows_what_the_command_writes():
-    text, missing = index_table(ROOT / "figures")
-    assert not missing and (ROOT / "figures/results.md").read_text() == text + "\n"
-    assert all(line in (ROOT / "README.md").read_text() for line in text.splitlines())
+    for name, table in (("results.md", index_table), ("claims.md", claims_table)):
+        text, missing = table(ROOT / "figures")
+        assert not missing and (ROOT / "figures" / name).read_text() == text + "\n"
+        assert all(line in (ROOT / "README.md").read_text() for line in text.splitlines())
