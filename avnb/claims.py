@@ -195,13 +195,15 @@ DENSE = Study("dense", "Does density pay, and do heads part?", DENSE_ARMS, DENSE
     common={"data.videos": 200, "data.seed": 108, "data.test_seed": 200, "store.languages": ("en", *_LATIN), "train.steps": 300, "train.val_every": 10_000, "train.save_every": 150, "train.draw_n": 1, "store.workers": 2},
     quick={"data.videos": 4, "train.steps": 2, "train.batch_size": 4, "train.log_every": 1, "store.workers": 0}, quick_arms=("dubdense",), shown=DENSE_FIGURES)
 
-# %% ../nbs/56_claims.ipynb #f0e461f0
+# %% ../nbs/56_claims.ipynb #c993d56d
 FILMS = ("es", "fr", "ca", "bg", "ru", "da") # languages of the questions
 _both = lambda said: {f"{part}/{name}": f"{what}, {how}" for part, how in (("known", "known recordings"), ("new", "new ones")) for name, what in said.items()}
 REAL_FIGURES = _both({"same_scene/es_da/R@1": "same scene, Spanish to Danish, R@1", "distance_ratio": "distance of dubs / of scenes", "probe/effect/da": "family of the effect, probe from Spanish to Danish", "probe/effect/zxx": "family of the effect, no speech",
-    "es/a2v/class_mAP": "film from Spanish, class mAP", "da/a2v/class_mAP": "film from Danish (unseen), class mAP", "probe/language": "language, which is the speaker (6)"})
+    "es/a2v/class_mAP": "film from Spanish, class mAP", "da/a2v/class_mAP": "film from Danish (unseen), class mAP", "probe/language": "language, and so the speaker (6)"})
 
-DUBS_REAL = Study("dubs_real", "Do dubs help on people's voices, too?", DUB_ARMS[:2], (
+DUBS_REAL = Study("dubs_real", "Do dubs help on people's voices, too?", (
+        Arm("none", "Spanish, and the same track again, at another volume and a little shifted", _NONE),
+        Arm("dub", "Spanish, and the scene in fr, ca or bg", _DUB)), (
         _H("real: same scene", "dubs bring a scene's tracks together, also in a language never heard", "known/same_scene/es_da/R@1", "dub", "none", prior="toy: +.23"),
         _H("real: distance", "dubs lessen the distance between a scene's tracks", "known/distance_ratio", "dub", "none", side="lower", prior="toy: -.32"),
         _H("real: effect", "dubs help to hear what kind of thing sounds", "known/probe/effect/da", "dub", "none", prior="toy: +.13"),

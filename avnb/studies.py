@@ -182,7 +182,7 @@ def _told(arm, runs:dict)->dict:
     rules = {rule: every(lambda run, rule=rule: run["rules"].get(rule, {})) for rule in runs[seeds[0]]["rules"]}
     return {"said": arm.said, "seeds": seeds, "steps": [runs[s]["step"] for s in seeds], "cpu_s": [runs[s]["cpu_s"] for s in seeds], "figures": every(lambda run: run["figures"]), "rules": rules}
 
-# %% ../nbs/56_studies.ipynb #f43cfc29
+# %% ../nbs/56_studies.ipynb #dcb62a2a
 def _called(study:Study, v)->str: return study.shown.get(v["figure"], v["figure"]) + (f" against {study.shown.get(v['beside'], v['beside'])}" if v["beside"] else "")
 
 def verdicts_table(
@@ -193,7 +193,7 @@ def verdicts_table(
     import pandas as pd
     span = lambda d: "" if d is None or d["lo"] is None else f"[{d['lo']:+.3f}, {d['hi']:+.3f}]"
     rows = [{"hypothesis": v["name"], "claim": v["said"], "figure": _called(study, v), "difference": f"{v['better']} - {v['worse'] if v['worse'] != v['better'] else 'itself'}", "asked": f"{'<' if v['side'] == 'lower' else '>'} {(-1 if v['side'] == 'lower' else 1)*v['margin'] + 0.:g}",
-             "prior": v["prior"], "seeds": v["difference"]["n"], "mean": f"{v['difference']['mean']:+.3f}", "over seeds": span(v["difference"]), "verdict": v["verdict"], "over scenes": span(v["difference"]["clips"]), "by scenes": v["by scenes"] or ""} for v in found["verdicts"]]
+             "prior": v["prior"], "seeds": v["difference"]["n"], "mean": f"{v['difference']['mean']:+.3f}", "over seeds": span(v["difference"]), "verdict": v["verdict"], "over clips": span(v["difference"]["clips"]), "by clips": v["by scenes"] or ""} for v in found["verdicts"]]
     return pd.DataFrame(rows).set_index("hypothesis") if rows else pd.DataFrame()
 
 def arms_table(
@@ -210,7 +210,7 @@ def arms_table(
         if cells: rows[study.shown.get(k, k)] = cells | {rule: cell(a["rules"][rule][k]) for rule, a in rules.items() if k in a["rules"][rule]}
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")
 
-# %% ../nbs/56_studies.ipynb #7e317ad2
+# %% ../nbs/56_studies.ipynb #c73a5879
 def _claimed(v)->dict:
     "The difference of a verdict, more being better."
     d, down = v["difference"], v["side"] == "lower"
@@ -234,12 +234,12 @@ def study_figure(
         if scenes: ax.plot([sign*scenes["lo"], sign*scenes["hi"]], [y + .22]*2, color=c, lw=1)
         if "lo" in d: ax.plot([d["lo"], d["hi"]], [y, y], color=c, lw=3.5, solid_capstyle="butt")
         ax.plot(d["value"], y, "o", color=c, mec="white", ms=6); ax.plot([v["margin"]]*2, [y - .35, y + .35], color="k", lw=1)
-    ax.axvline(0, color=".5", lw=.8); ax.set(yticks=range(len(rows)), yticklabels=[v["name"] for v in rows], ylim=(len(rows) - .5, -.5), xlabel="difference in the direction claimed (share, or ratio of distances); black: margin")
+    ax.axvline(0, color=".5", lw=.8); ax.set(yticks=range(len(rows)), yticklabels=[v["name"] for v in rows], ylim=(len(rows) - .5, -.5), xlabel="difference in the direction claimed (share, or ratio of distances)" + "; black: margin"*any(v["margin"] for v in rows))
     for k, c in colours.items(): ax.plot([], [], "o-", color=c, lw=3, label=k)
     ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1)); ax.tick_params(axis="y", labelsize=8); ax.grid(axis="x", alpha=.3); sns.despine(ax=ax)
     return ax
 
-# %% ../nbs/56_studies.ipynb #4b2f34a1
+# %% ../nbs/56_studies.ipynb #670411f1
 def as_markdown(
     study:Study, found:dict,
 )->str:
@@ -274,7 +274,7 @@ def publish(
     told = {v["name"]: _claimed(v) for v in found["verdicts"]}
     rules = {"asked": {v["name"]: {"value": v["margin"]} for v in found["verdicts"]}}
     write_json(folder/f"{name}.json", {**found, "run": name, "protocol": "paired differences over seeds, in the direction claimed (56_studies)", "metrics": told, "baselines": rules})
-    if found["verdicts"]: ax = study_figure(study, found); save_figure(ax.figure, name, f"{study.said} Differences in the direction claimed: thick over seeds (95 % t), thin over scenes (bootstrap).", folder); plt.close(ax.figure)
+    if found["verdicts"]: ax = study_figure(study, found); save_figure(ax.figure, name, f"{study.said} Differences in the direction claimed: thick over seeds (95 % t), thin over test clips (bootstrap); where less is claimed, with its sign turned.", folder); plt.close(ax.figure)
     return write_atomic(folder/f"{name}.md", "\n\n".join(x for x in (text, as_markdown(study, found)) if x))
 
 # %% ../nbs/56_studies.ipynb #35d49dd7
