@@ -63,7 +63,7 @@ def everything(
     "Yes everywhere: maps that have already decided."
     return torch.ones(n, h, w, dtype=torch.bool)
 
-# %% ../nbs/29_maps.ipynb #1d7377f8
+# %% ../nbs/29_maps.ipynb #b3f564af
 def contrast_saliency(
     frames:Tensor, # (N, 3, H, W) uint8 or float
 )->Tensor:         # (N, H, W), 0 where a place looks like its surroundings
@@ -71,7 +71,8 @@ def contrast_saliency(
     if frames.ndim != 4 or frames.shape[1] != 3: raise ValueError(f"contrast_saliency: needs frames (N, 3, H, W); got {tuple(frames.shape)}.")
     def blur(width): # twice a box: a triangle, blind to padding
         k = max(1, width) // 2 * 2 + 1
-        smooth = lambda x: avg_pool2d(x, k, 1, k // 2, count_include_pad=False)
+        along = lambda x, *size: avg_pool2d(x, size, 1, [n//2 for n in size], count_include_pad=False)
+        smooth = lambda x: along(along(x, k, 1), 1, k)   # a box is two lines: k times less to add
         return smooth(smooth(frames.float()))
     side = min(frames.shape[2:])
     return (blur(side // 8) - blur(side // 2)).norm(dim=1)
