@@ -1339,6 +1339,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'avnb.studies._home': ('studies.html#_home', 'avnb/studies.py'),
                               'avnb.studies._read_run': ('studies.html#_read_run', 'avnb/studies.py'),
                               'avnb.studies._told': ('studies.html#_told', 'avnb/studies.py'),
+                              'avnb.studies._values': ('studies.html#_values', 'avnb/studies.py'),
                               'avnb.studies.arms_table': ('studies.html#arms_table', 'avnb/studies.py'),
                               'avnb.studies.as_markdown': ('studies.html#as_markdown', 'avnb/studies.py'),
                               'avnb.studies.level': ('studies.html#level', 'avnb/studies.py'),

@@ -6,14 +6,14 @@
 __all__ = ['PLACES_OF', 'study_recipes', 'study_folder', 'test_run', 'prepare_data', 'run_study', 'read_study', 'verdicts_table',
            'arms_table', 'study_figure', 'as_markdown', 'quoted', 'level', 'publish', 'main']
 
-# %% ../nbs/56_studies.ipynb #169164db
+# %% ../nbs/56_studies.ipynb #5f029076
 import argparse, json, shlex, shutil, sys
 from pathlib import Path
 
 import numpy as np
 
 from .checkpoints import Run, checkpoints
-from .claims import STUDIES, Hypothesis, Study, verdict
+from .claims import STUDIES, VERDICTS, Hypothesis, Study, verdict
 from .core import FORMAT, content_hash, device as pick_device, nearest, read_json, seed_everything, settings, stable_hash, write_atomic, write_json
 from .dub_study import paired
 from .lssd import DualConfig
@@ -92,7 +92,7 @@ def prepare_data(
         for part in ("val", "test"): method.sets(part) if isinstance(r.model, DualConfig) else questions(r, part)
         if not isinstance(r.model, DualConfig): tongue_sets(settings().data, r.store, share, r.data.test_seed)
 
-# %% ../nbs/56_studies.ipynb #d3505fb1
+# %% ../nbs/56_studies.ipynb #31fc04e1
 PLACES_OF = ("data.source", "init")  # where things lie, not what they are
 
 def _begun(recipe)->str|None:
@@ -107,9 +107,7 @@ def _aside(folder:Path, recipe, was=None, begun=None)->bool:
     place = lambda r, begun: before/f"{folder.name}-{stable_hash([to_dict(r), begun])[:8]}"
     same = lambda r: was == begun and not [k for k in differences(r, recipe) if k not in (*FREE, *PLACES_OF)]
     moved = held.is_file() and not same(there := from_dict(read_json(held)))
-    if moved:
-        to = place(there, was)
-        before.mkdir(exist_ok=True); shutil.rmtree(to, ignore_errors=True); folder.rename(to)
+    if moved: before.mkdir(exist_ok=True); shutil.rmtree(to := place(there, was), ignore_errors=True); folder.rename(to)
     if not held.is_file() and place(recipe, begun).is_dir(): shutil.rmtree(folder, ignore_errors=True); place(recipe, begun).rename(folder); moved = True
     if (folder/"results.json").is_file() and not (folder/"study.json").is_file(): (folder/"results.json").unlink()  # killed between the two
     return moved
@@ -138,12 +136,12 @@ def run_study(
     sweep(recipes, out, command=" && ".join(dict.fromkeys(x for x in (*before, command) if x)), jobs=jobs, threads=1, module="avnb.studies", summary=False)
     return read_study(study, out, quick)
 
-# %% ../nbs/56_studies.ipynb #f51cbd99
+# %% ../nbs/56_studies.ipynb #0aee1eb7
+def _values(x:dict)->dict: return {k: v["value"] for k, v in x.items()}
 def _read_run(folder:Path)->dict:
     told, more, last = read_json(folder/"results.json"), read_json(folder/"study.json"), (read_lines(folder/"metrics.jsonl") or [{}])[-1]
     rules = {rule: {**told["baselines"].get(rule, {}), **more["baselines"].get(rule, {})} for rule in (*told["baselines"], *more["baselines"])}
-    value = lambda x: {k: v["value"] for k, v in x.items()}
-    return {"figures": value(told["metrics"] | more["metrics"]), "rules": {k: value(v) for k, v in rules.items()}, "items": item_values(folder) | more["items"], "step": told["checkpoint"], "cpu_s": last.get("cpu_s")}
+    return {"figures": _values(told["metrics"] | more["metrics"]), "rules": {k: _values(v) for k, v in rules.items()}, "items": item_values(folder) | more["items"], "step": told["checkpoint"], "cpu_s": last.get("cpu_s")}
 
 def _differ(h:Hypothesis, arms:dict)->dict|None:
     "The paired difference of a hypothesis, seeds and scenes; None where runs are missing."
@@ -158,7 +156,7 @@ def _differ(h:Hypothesis, arms:dict)->dict|None:
 
 def read_study(
     study:Study, out:str|Path, quick:bool=False,
-)->dict: # {"study", "arms": {name: {"seeds", "figures": {figure: [values]}, "rules", ...}}, "verdicts": [...], "changed", "missing"}: JSON
+)->dict: # {"study", "arms": {name: {"seeds", "figures": {figure: [values]}, "rules", ...}}, "verdicts": [...], "changed", "left_out", "missing"}: JSON
     "What the finished runs of a study say."
     out = Path(out); plan = read_json(out/"plan.json") if (out/"plan.json").is_file() else {"command": "", "runs": {}}
     asked, arms, changed = {name: from_dict(r) for name, r in plan["runs"].items()}, {}, {}
@@ -167,12 +165,16 @@ def read_study(
         if not all((out/name/file).is_file() for file in ("results.json", "study.json")): continue
         arms.setdefault(arm, {})[int(seed)] = _read_run(out/name)
         stated = study_recipes(study, [arm], [int(seed)], quick)[name]
-        if other := {k: v for k, v in differences(stated, recipe).items() if k not in FREE + PLACES_OF*bool(study.stamps)}: changed[arm] = {k: [str(x) for x in v] for k, v in other.items()}
+        if other := {k: v for k, v in differences(stated, recipe).items() if k not in FREE + PLACES_OF*bool(study.stamps)}: changed.setdefault(arm, {})[int(seed)] = {k: [str(x) for x in v] for k, v in other.items()}
+    missing, left_out = [n for n in asked if int(n.partition(",seed=")[2]) not in arms.get(n.partition(",seed=")[0], {})], {}
+    for arm, how in changed.items():  # seeds of one arm stand together only if they were trained alike
+        changed[arm] = max(how.values(), key=list(how.values()).count)
+        if rest := [s for s in arms[arm] if how.get(s) != changed[arm]]: left_out[arm] = rest; arms[arm] = {s: run for s, run in arms[arm].items() if s not in rest}
     claims = [(h, _differ(h, arms)) for h in study.hypotheses]
     said = [{"name": h.name, "said": h.said, "figure": h.figure, "beside": h.beside, "better": h.better, "worse": h.worse, "side": h.side, "margin": h.margin, "prior": h.prior, "difference": d,
              "verdict": verdict(h, d), "by scenes": verdict(h, d["clips"]) if d["clips"] else None} for h, d in claims if d]
     return {"format": FORMAT, "study": study.name, "quick": quick, "command": plan["command"], "intervals": INTERVALS, "arms": {a.name: _told(a, arms[a.name]) for a in study.arms if a.name in arms}, "verdicts": said,
-            "open": [h.name for h, d in claims if not d], "changed": changed, "missing": [n for n in asked if n.partition(",seed=")[0] not in arms or int(n.partition(",seed=")[2]) not in arms[n.partition(",seed=")[0]]]}
+            "open": [h.name for h, d in claims if not d], "changed": changed, "left_out": left_out, "missing": missing}
 
 # %% ../nbs/56_studies.ipynb #156561d0
 def _told(arm, runs:dict)->dict:
@@ -239,17 +241,17 @@ def study_figure(
     ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(.5, 1)); ax.tick_params(axis="y", labelsize=8); ax.grid(axis="x", alpha=.3); sns.despine(ax=ax)
     return ax
 
-# %% ../nbs/56_studies.ipynb #670411f1
+# %% ../nbs/56_studies.ipynb #0ecb238f
 def as_markdown(
     study:Study, found:dict,
 )->str:
     "A study on a page: verdicts, figures, and what they rest on."
     table = lambda t, name: markdown_table([name, *t.columns], [[k, *row] for k, row in zip(t.index, t.values.tolist(), strict=True)])
-    counts = {k: sum(v["verdict"] == k for v in found["verdicts"]) for k in ("shown", "not shown", "against")}
     runs = "\n".join(f"- `{name}`: {a['said']}; seeds {', '.join(map(str, a['seeds']))}; step {', '.join(map(str, sorted(set(a['steps']))))}; {np.mean([x or 0 for x in a['cpu_s']]):.0f} CPU s of updates a run" for name, a in found["arms"].items())
     notes = [f"**Changed from what was stated:** {name}: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in of.items()) + "." for name, of in found["changed"].items()]
+    notes += [f"Of {name}, seeds {', '.join(map(str, seeds))} have other settings and are left out; run them, too." for name, seeds in found["left_out"].items()]
     notes += [f"Not finished: {', '.join(found['missing'])}."]*bool(found["missing"]) + [f"Could not be asked yet: {', '.join(found['open'])}."]*bool(found["open"]) + ["A quick run: these numbers mean nothing."]*found["quick"]
-    return "\n\n".join([f"**{study.said}** {len(found['verdicts'])} hypotheses: " + ", ".join(f"{n} {k}" for k, n in counts.items()) + ".", table(verdicts_table(study, found), "hypothesis") if found["verdicts"] else "No hypothesis can be told yet.",
+    return "\n\n".join([f"**{study.said}** {len(found['verdicts'])} hypotheses: " + ", ".join(f"{sum(v['verdict'] == k for v in found['verdicts'])} {k}" for k in VERDICTS) + ".", table(verdicts_table(study, found), "hypothesis") if found["verdicts"] else "No hypothesis can be told yet.",
         "**Figures: mean over seeds ± standard deviation**", table(arms_table(study, found), "figure"), "\n".join(f"- {k}: {v}" for k, v in found["intervals"].items()), runs, *notes, f"Made by `{found['command']}`.", ""])
 
 def quoted(found:dict, name:str)->str:
@@ -277,7 +279,7 @@ def publish(
     if found["verdicts"]: ax = study_figure(study, found); save_figure(ax.figure, name, f"{study.said} Differences in the direction claimed: thick over seeds (95 % t), thin over test clips (bootstrap); where less is claimed, with its sign turned.", folder); plt.close(ax.figure)
     return write_atomic(folder/f"{name}.md", "\n\n".join(x for x in (text, as_markdown(study, found)) if x))
 
-# %% ../nbs/56_studies.ipynb #35d49dd7
+# %% ../nbs/56_studies.ipynb #15a0b91b
 def main():
     "`python -m avnb.studies --study dubs`."
     p = argparse.ArgumentParser(prog="avnb.studies", description="Run a study, or go on with it, and print its verdicts.")
@@ -288,8 +290,7 @@ def main():
     a = p.parse_args()
     if a.with_parent: _stop_with_parent()
     if a.one: return print(run_one(*a.one, test=test_run))
-    if not a.study: p.error(f"--study is needed: {', '.join(STUDIES)}")
-    study = STUDIES[a.study]
+    study = STUDIES.get(a.study) or p.error(f"--study is needed: {', '.join(STUDIES)}")
     if a.publish: return print(publish(study, read_study(study, study_folder(study, a.out, a.quick), a.quick)))
     try: found = run_study(study, a.out, a.quick, a.arms, a.seeds, a.overrides, a.jobs, "python -m avnb.studies " + shlex.join(sys.argv[1:]), a.after)
     except (RuntimeError, KeyError, ValueError, OSError) as e: sys.exit(str(e.args[0] if e.args else e))

@@ -101,6 +101,10 @@ def test_one_changed_arm_changes_the_table(played, tmp_path, capsys):
     assert abs(next(v for v in other["verdicts"] if v["name"] == "sound class")["difference"]["mean"] - .35) < 1e-3
     assert other["changed"] == {"dub": {"train.lr": ["0.002", "0.001"]}} and "**Changed from what was stated:** dub: train.lr 0.002 -> 0.001" in as_markdown(DUBS, other)
     assert (arms_table(DUBS, first)["none"] == arms_table(DUBS, other)["none"]).all() and (arms_table(DUBS, first)["dub"] != arms_table(DUBS, other)["dub"]).all()
+    some = run_study(DUBS, out, arms=["dub"], seeds=(20, 21), overrides={"dub": {"train.lr": .0015}})
+    assert some["arms"]["dub"]["seeds"] == [20, 21] and some["left_out"] == {"dub": [22]} and "Of dub, seeds 22 have other settings" in as_markdown(DUBS, some) and not some["missing"]
+    assert [v["difference"]["n"] for v in some["verdicts"] if v["name"] == "sound class"] == [2], "settings are not mixed"
+    del played[9:]
     back = run_study(DUBS, out, **how)
     assert len(played) == 9 and back == first, "taken back, the old runs are there again"
 
