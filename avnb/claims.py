@@ -218,7 +218,7 @@ DUBS_REAL = Study("dubs_real", "Do dubs help on people's voices, too?", (
     common={**_at(.5), "data.videos": 100, "data.shares": (1., 0., 0.), "view.track": "es", "view.dubs": FILMS[1:4], "train.steps": 150, "train.batch_size": 48, "train.val_every": 10_000, "train.save_every": 75, "store.workers": 2},
     quick={**DENSE.quick, "data.videos": 2}, quick_arms=("dub",), shown=REAL_FIGURES)
 
-# %% ../nbs/56_claims.ipynb #6db9d79b
+# %% ../nbs/56_claims.ipynb #71a30a3e
 _heads = lambda said: {f"{head}_head/{name}": f"{head} head: {what}" for name, what in said.items() for head in ("sound", "speech")}
 DENSE_REAL = Study("dense_real", "Does dubdense do on people's voices what it does on the toy?", (DENSE.arm("two"), DENSE.arm("dubdense")), (
         _H("real: sound head invariant", "the sound head is moved less by language than the speech head", "sound_head/new/distance_ratio", "dubdense", "dubdense", side="lower", beside="speech_head/new/distance_ratio", prior="unknown"),
@@ -229,7 +229,7 @@ DENSE_REAL = Study("dense_real", "Does dubdense do on people's voices what it do
         _H("real: named kept", "and at most 5 in pointing at what is named", "speech/pointing", "dubdense", "two", margin=-.05, prior="unknown"),
         _H("real: sound class across languages", "the sound head tells the family of an effect in another language better than that of two heads without dubs", "sound_head/known/effect", "dubdense", "two", prior="unknown")),
     (20, 21, 22, 23, 24), "grounding", after="dense", stamps={"kind": "lessons", "seed": 110, "languages": ("ca", "bg"), "per_family": 3, "espeak": .6},
-    common={"data.videos": 200, "data.shares": (1., 0., 0.), "view.track": "random", "view.image.crop": (.6, 1.), "train.steps": 400, "train.val_every": 10_000, "train.save_every": 200, "train.draw_n": 1, "store.workers": 2},
+    common={"data.videos": 200, "data.shares": (1., 0., 0.), "view.track": "random", "view.image.crop": (.6, 1.), "train.steps": 200, "train.val_every": 10_000, "train.save_every": 100, "train.draw_n": 1, "store.workers": 2},
     quick={**DENSE.quick, "data.videos": 2}, quick_arms=DENSE.quick_arms, shown={"loc/pointing": "points at what sounds, known recordings", "speech/pointing": "points at what is named, known recordings",
         **_heads({"new/distance_ratio": "distance of dubs / of scenes, new recordings", "known/effect": "family of the effect, probe from Catalan to Danish, known recordings", "word": "word (lessons), known recordings", "loc": "points at what sounds", "speech": "points at what is named"})})
 
