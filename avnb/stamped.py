@@ -6,7 +6,7 @@
 __all__ = ['HERE', 'PLACES', 'stamped_folder', 'stamped_scenes', 'stamped_sets', 'have_stamps', 'make_scenes', 'films_of',
            'places_of', 'film_readings', 'film_trials', 'names_said', 'stamped_head_trials']
 
-# %% ../nbs/56_stamped.ipynb #60148ba7
+# %% ../nbs/56_stamped.ipynb #36bbee26
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .counterfeit import counterfeit
 from .dub_trials import across, distance_ratio, embed_scenes, probe, same_scene
 from .dubbing import dub_answers
 from .lssd import DualConfig
-from .metrics import pointing_each, with_interval
+from .metrics import centre_heat, contrast_saliency, pointing_each, random_heat, with_interval
 from .montage import make_stamps
 from .spoken import head_vectors
 from .stamp_trials import embed_asked
@@ -118,7 +118,7 @@ def film_trials(
     first = next(iter(models))
     return {"metrics": told.pop(first), "baselines": told, "items": {k: v.tolist() for k, v in found[first].items()}}
 
-# %% ../nbs/56_stamped.ipynb #25c82e30
+# %% ../nbs/56_stamped.ipynb #2cd2246b
 def names_said(
     labels:str, # of a row of the store
 )->dict:        # {language: id of the stamp named}
@@ -130,12 +130,14 @@ def _named(model, store, language, view, device)->tuple: # (K, N, D/K) mean toke
     rows = [i for i, word in enumerate(words) if word]
     return head_vectors(embed_set(model, store, rows, replace(view, track=language), device)), np.array([words[i] for i in rows])
 
-def _pointing(model, store, kind, view, device)->np.ndarray: # (K + 1, N): each head, and the model
+def _pointing(model, store, kind, view, device)->tuple: # (K + 1, N): each head, and the model; {rule: (N,)}
     t, told = embed_asked(model, store, kind, view, device)
-    truth = t.masks == torch.tensor([label for _, label, _, _ in told])[:, None, None]
-    return np.stack([pointing_each(heat, truth).float().numpy() for heat in (*head_maps(t), heat_maps(t))])
+    truth, size = t.masks == torch.tensor([label for _, label, _, _ in told])[:, None, None], t.frames.shape[-2:]
+    hits = lambda heat: pointing_each(heat.expand(len(truth), *size), truth).double().numpy()
+    rules = {"saliency": contrast_saliency(t.frames), "centre": centre_heat(*size), "random": random_heat(len(truth), *size)}
+    return np.stack([hits(heat) for heat in (*head_maps(t), heat_maps(t))]), {rule: hits(heat) for rule, heat in rules.items()}
 
-# %% ../nbs/56_stamped.ipynb #ca04c968
+# %% ../nbs/56_stamped.ipynb #6ebac6cf
 @torch.no_grad()
 def stamped_head_trials(
     model,            # DenseAligner
@@ -144,7 +146,7 @@ def stamped_head_trials(
     view:View=View(), # of the recipe # noqa: B008
     sound_head:int=0, # the other of two is the speech head; one head is both
     device="cpu",
-)->dict:              # {"metrics", "baselines", "items": {figure: [one number an item]}}, figures named sound_head/... and speech_head/...
+)->dict:              # {"metrics", "baselines": rules that do not listen, "items": {figure: [one number an item]}}, figures named sound_head/... and speech_head/...
     "Every question, head by head."
     order = [k for k in FILMS if k in films["new"]["tracks"][0]]
     first, last = next(k for k in order if k in places["speech"]["tracks"][0]), order[-1]
@@ -157,7 +159,8 @@ def stamped_head_trials(
         items[f"{name}/new/distance_ratio"] = distance_ratio([x[k] for x in new])
         items[f"{name}/known/effect"] = probe(learn[k], family(films["probe"]), known[k], family(films["known"]))
         items[f"{name}/word"] = probe(said[k], words, asked[k], answers)
-        items |= {f"{name}/{kind}": hits[k] for kind, hits in maps.items()}
-    items |= {f"{kind}/pointing": hits[-1] for kind, hits in maps.items()}
+        items |= {f"{name}/{kind}": hits[k] for kind, (hits, _) in maps.items()}
+    items |= {f"{kind}/pointing": hits[-1] for kind, (hits, _) in maps.items()}
+    rules = {rule: {f"{kind}/pointing": with_interval(found[rule]) for kind, (_, found) in maps.items()} for rule in maps["loc"][1]}
     items = {k: np.asarray(v, dtype=float) for k, v in items.items()}
-    return {"metrics": {k: with_interval(v) for k, v in items.items()}, "baselines": {}, "items": {k: v.tolist() for k, v in items.items()}}
+    return {"metrics": {k: with_interval(v) for k, v in items.items()}, "baselines": rules, "items": {k: v.tolist() for k, v in items.items()}}
