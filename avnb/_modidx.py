@@ -1276,6 +1276,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'avnb.stamp_trials._visible': ('stamp_trials.html#_visible', 'avnb/stamp_trials.py'),
                                    'avnb.stamp_trials.choose_stamps': ('stamp_trials.html#choose_stamps', 'avnb/stamp_trials.py'),
                                    'avnb.stamp_trials.embed_asked': ('stamp_trials.html#embed_asked', 'avnb/stamp_trials.py'),
+                                   'avnb.stamp_trials.language_readings': ('stamp_trials.html#language_readings', 'avnb/stamp_trials.py'),
                                    'avnb.stamp_trials.mean_interval': ('stamp_trials.html#mean_interval', 'avnb/stamp_trials.py'),
                                    'avnb.stamp_trials.prompted': ('stamp_trials.html#prompted', 'avnb/stamp_trials.py'),
                                    'avnb.stamp_trials.resamples': ('stamp_trials.html#resamples', 'avnb/stamp_trials.py'),

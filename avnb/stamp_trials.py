@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'DUB_PARTS', 'STAMP_RULE', 'stamp_sets', 'resamples', 'mean_interval', 'embed_asked', 'prompted',
-           'stamp_readings', 'stamp_trials', 'choose_stamps']
+           'language_readings', 'stamp_readings', 'stamp_trials', 'choose_stamps']
 
 # %% ../nbs/34_stamp_trials.ipynb #8e2cd0ee
 import json
@@ -191,19 +191,27 @@ def _dense(model, sets, view, device, baselines)->dict:
         for rule, figures in found["baselines"].items(): out["baselines"].setdefault(rule, {}).update(figures)
     return out
 
-# %% ../nbs/34_stamp_trials.ipynb #460d4ca1
+# %% ../nbs/34_stamp_trials.ipynb #906e0b6c
+def language_readings(
+    s:Scenes, p:Scenes, # of the test, and what probes learn from
+)->dict:                # {figure: (N,) a number a scene of the test}
+    "What a language changes: films found by each, distances between a scene's tracks, and the language itself."
+    spoken = [k for k in s.heard if k != "zxx"]
+    names = lambda x: [k for k in spoken for _ in x.answers]
+    out = {f"{language}/{k}": v for language in s.heard for k, v in across(s, language).items()}
+    out["distance_ratio"] = distance_ratio([s.heard[k] for k in spoken]).numpy()
+    out["probe/language"] = probe(torch.cat([p.heard[k] for k in spoken]), names(p), torch.cat([s.heard[k] for k in spoken]), names(s)).reshape(len(spoken), -1).mean(0)
+    return out
+
 def stamp_readings(
     s:Scenes, # of the test
     p:Scenes, # what probes learn from
 )->dict:      # {figure: (N,) a number a scene of the test}
     "What stays when the language changes, and what a probe reads, scene by scene."
     spoken, classes = [k for k in s.heard if k != "zxx"], lambda x: [a["class"] for a in x.answers]
-    out = {f"{language}/{k}": v for language in s.heard for k, v in across(s, language).items()}
-    out["distance_ratio"] = distance_ratio([s.heard[k] for k in spoken]).numpy()
+    out = language_readings(s, p)
     out["same_scene/R@1"] = np.mean([same_scene(s.heard[a], s.heard[b]).float().numpy() for a in spoken for b in spoken if a != b], 0)
     for k in ("zxx", spoken[0]): out[f"probe/effect/{k}"] = probe(p.heard[k], classes(p), s.heard[k], classes(s)).astype(float)
-    names = lambda x: [k for k in spoken for _ in x.answers]
-    out["probe/language"] = probe(torch.cat([p.heard[k] for k in spoken]), names(p), torch.cat([s.heard[k] for k in spoken]), names(s)).reshape(len(spoken), -1).mean(0)
     return out
 
 # %% ../nbs/34_stamp_trials.ipynb #f18872b8

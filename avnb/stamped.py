@@ -6,7 +6,7 @@
 __all__ = ['HERE', 'PLACES', 'stamped_folder', 'stamped_scenes', 'stamped_sets', 'have_stamps', 'make_scenes', 'films_of',
            'places_of', 'film_readings', 'film_trials', 'names_said', 'stamped_head_trials']
 
-# %% ../nbs/56_stamped.ipynb #36bbee26
+# %% ../nbs/56_stamped.ipynb #a271e27e
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,18 +18,18 @@ from .batches import View
 from .catalogue import fetch_stamps
 from .claims import DENSE_REAL, DUBS_REAL, FILMS
 from .counterfeit import counterfeit
-from .dub_trials import across, distance_ratio, embed_scenes, probe, same_scene
+from .dub_trials import distance_ratio, embed_scenes, probe, same_scene
 from .dubbing import dub_answers
 from .lssd import DualConfig
 from .metrics import centre_heat, contrast_saliency, pointing_each, random_heat, with_interval
 from .montage import make_stamps
 from .spoken import head_vectors
-from .stamp_trials import embed_asked
+from .stamp_trials import embed_asked, language_readings
 from .store import open_store, prepare
 from .tracksets import DubView
 from .trials import embed_set, head_maps, heat_maps
 
-# %% ../nbs/56_stamped.ipynb #0bdc4078
+# %% ../nbs/56_stamped.ipynb #e25e990d
 HERE = {"probe": ("films", "train", 209, 40), "known": ("films", "train", 210, 30), "new": ("films", "test", 211, 30)} # kind, part of the recordings, seed, videos
 PLACES = {"loc": ("loc", "train", 212, 10), "speech": ("speech", "train", 213, 10), "said": ("lessons", "train", 214, 40), "asked": ("lessons", "train", 215, 20)}
 
@@ -55,10 +55,10 @@ def stamped_sets(
     **how,          # languages, per_family, espeak
 )->dict:            # {name: store}
     "Make (once) and open the sets."
-    out = {}
+    out, config = {}, replace(store, languages=None)
     for name, (kind, part, seed, n) in sets.items():
         raw = stamped_scenes(home, max(2, round(n*share)), part, **{**how, "kind": kind, "seed": seed, "espeak": how.get("espeak", 0.) if kind == "lessons" else 0.})
-        prepare(raw, where := Path(home)/"stores"/f"stamps-{raw.name}", recipe=replace(store, languages=None))
+        prepare(raw, where := Path(home)/"stores"/f"stamps-{raw.name}-{config.hash[:8]}", recipe=config)   # both studies read some of them, each as it needs
         out[name] = open_store(where)
     return out
 
@@ -89,19 +89,16 @@ def places_of(recipe)->dict:
     "Open the places and words that it is asked about, in the languages of its training."
     return stamped_sets(_home(recipe), PLACES, recipe.store, _share(recipe), **{k: v for k, v in _study(recipe).stamps.items() if k not in ("kind", "seed")})
 
-# %% ../nbs/56_stamped.ipynb #11d5b5d1
+# %% ../nbs/56_stamped.ipynb #913bb946
 def film_readings(
     s, p,       # Scenes of `embed_scenes`: asked about, and what probes learn from
 )->dict:        # {figure: (N,) a number a scene}
     "What stays when the language changes, and what a probe reads."
     spoken, families = [k for k in s.heard if k != "zxx"], lambda x: [a["class"] for a in x.answers]
     first, last = spoken[0], spoken[-1]
-    out = {f"{language}/{k}": v for language in s.heard for k, v in across(s, language).items()}
+    out = language_readings(s, p)
     out[f"same_scene/{first}_{last}/R@1"] = same_scene(s.heard[first], s.heard[last]).float().numpy()
-    out["distance_ratio"] = distance_ratio([s.heard[k] for k in spoken]).numpy()
     for to in (last, "zxx"): out[f"probe/effect/{to}"] = probe(p.heard[first], families(p), s.heard[to], families(s))
-    names = lambda x: [k for k in spoken for _ in x.answers]
-    out["probe/language"] = probe(torch.cat([p.heard[k] for k in spoken]), names(p), torch.cat([s.heard[k] for k in spoken]), names(s)).reshape(len(spoken), -1).mean(0)
     return {k: np.asarray(v, dtype=float) for k, v in out.items()}
 
 def film_trials(
