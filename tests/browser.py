@@ -68,7 +68,9 @@ class Lab:
         self.log.close()
         shutil.rmtree(self.top, ignore_errors=True)
 
-    def url(self, notebook): return f"http://127.0.0.1:{self.port}/lab/tree/nbs/{notebook}?token={self.token}"
+    def url(self, notebook):
+        "A workspace to each notebook: in one and the same, the second page would open the first notebook again, in front of its own or behind it."
+        return f"http://127.0.0.1:{self.port}/lab/workspaces/{Path(notebook).stem}/tree/nbs/{notebook}?token={self.token}"
 
     def sessions(self): return json.load(urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/sessions?token={self.token}"))
 
@@ -154,7 +156,7 @@ def pictures(out=ROOT / "figures"):
     attention = "b.playing = False; b.language, b.head, b.opacity = 'en', 'all', .85; b.region, b.span, b.time_s = (10/14, 10/14, 11/14, 11/14), None, 2.46"
     scene = "p.run, p.protocol, p.split, p.colour_by = 'B5', 'sound class', 'test', 'label'; r = p.gallery.rows; p.chosen = next(i for i in range(len(p.gallery)) if r['id'][i] == 'dubs_test_0003#1' and r['language'][i] == 'ja')"
     for name, selector, code in (("browse_attention.ipynb", ".avnb-attention", attention), ("browse_probes.ipynb", ".avnb-probes", scene)):
-        with Lab(name) as lab, sync_playwright() as play:  # a lab each: it would open both notebooks again in the second page
+        with Lab(name) as lab, sync_playwright() as play:
             browser = opened(play)
             n = Notebook(lab, browser, name, size=(1440, 1500), scale=1.5)
             n.run_all(f"{selector}[data-drawn]")
