@@ -38,17 +38,17 @@ def scene(
              for at in ([30, 76], [82, 78], [60, 30])]
     return [dict(start_s=0., end_s=float(len(SLOTS)), background=("meadow", "sky", "wood", "sand")[seed % 4], ambience=None, cast=[(c, k < 2) for k, c in enumerate(CAST)], looks=looks, moves=moves, slots=list(SLOTS))]
 
-# %% ../nbs/60_bundled.ipynb #9cfb8ce3
+# %% ../nbs/60_bundled.ipynb #24a17897
 def film(
     path:Path,    # mp4 to write
     seed:int=51,
 )->dict:          # labels (F, 112, 112) uint8, 1 + place in CAST; spans (start_s, end_s, name), by language
     "Write the scene with its tracks; what is true of it."
     from avnb.toy import FPS, draw, sound
-    from avnb.voices import bank
+    from avnb.voices import banks
     shots = scene(seed)
     frames, labels, _ = draw(shots)
-    tracks, spans, said = sound("scenes", shots, {k: bank(k) for k in LANGUAGES_SPOKEN}, rng("browser sound", seed))
+    tracks, spans, said = sound("scenes", shots, banks(LANGUAGES_SPOKEN), rng("browser sound", seed))
     write_video(path, frames, FPS, tracks)
     sounds = [(a, b, CAST[i]) for i, found in enumerate(spans[0]) for a, b in found if b - a > .05]
     words = {k: [(w["words"][k]["word_start_s"], w["words"][k]["word_end_s"], f'"{CAST[w["target"] - 1]}"') for _, w in said] for k in LANGUAGES_SPOKEN}

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['FPS', 'SIZE', 'EDITION', 'KINDS', 'PLACE_HEARD', 'plan', 'draw', 'sound', 'make_toy', 'share_out', 'main']
 
-# %% ../nbs/10_toy.ipynb #9f2bca4f
-import json, math, os, subprocess, sys, tempfile, time
+# %% ../nbs/10_toy.ipynb #1dc12a07
+import json, math, os, subprocess, sys, time
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from .dubbing import DUBBED, DUBS, DubMix, dub_casts, dub_speech
 from .media import write_video
 from .shapes import BACKGROUNDS, SILENT, SOUNDING, background, random_look, stamp
 from .synths import AMBIENCES, SYNTH_HZ, ambience, play
-from .voices import NAMED, SEEN, UNSEEN, WORDS, bank
+from .voices import NAMED, SEEN, UNSEEN, WORDS, banks
 
 # %% ../nbs/10_toy.ipynb #145c4ef4
 FPS, SIZE = 25, 112
@@ -198,10 +197,7 @@ def _make_one(out:Path, i:int, seed:int, languages, kind:str, dur_s:float, mix, 
     np.savez_compressed(part, labels=labels, shot=number); os.replace(part, out/"truth"/f"{stem}.npz")
     write_json(out/"truth"/f"{stem}.json", _truth(stem, kind, shots, spans, said, made))
 
-# %% ../nbs/10_toy.ipynb #0f123f09
-@cache
-def _spoken(): return tempfile.TemporaryDirectory(prefix="avnb_voices_") # what voices say, made once for all corpora of a process, and gone with it
-
+# %% ../nbs/10_toy.ipynb #22ee6343
 def make_toy(
     out:str|Path,                                    # folder for the mp4 files; `truth/` goes beside them
     n_videos:int,                                    # how many
@@ -225,11 +221,10 @@ def make_toy(
     todo = [i for i in range(n_videos) if not _is_made(out, i, seed, languages, kind, dur_s, mix)]
     if not todo: return out
     n_workers = workers or (os.cpu_count() if len(todo) >= 8 else 1)
-    keep = _spoken().name
-    banks = {lang: bank(lang, Path(keep)) for lang in languages}
+    said = banks(languages)
     if n_workers == 1:
-        for i in tqdm(todo, f"toy {kind}", unit="video", delay=5): _make_one(out, i, seed, languages, kind, dur_s, mix, banks)
-    else: share_out(out, todo, n_workers, ["avnb.toy", out], lambda numbers: [numbers, seed, list(languages), kind, dur_s, mix and asdict(mix), keep], f"toy {kind}")
+        for i in tqdm(todo, f"toy {kind}", unit="video", delay=5): _make_one(out, i, seed, languages, kind, dur_s, mix, said)
+    else: share_out(out, todo, n_workers, ["avnb.toy", out], lambda numbers: [numbers, seed, list(languages), kind, dur_s, mix and asdict(mix)], f"toy {kind}")
     return out
 
 # %% ../nbs/10_toy.ipynb #031c0883
@@ -251,12 +246,12 @@ def share_out(
     for p in procs:
         if p.returncode: raise RuntimeError(f"{title}: a worker stopped with status {p.returncode}: {p.stderr.read().strip()[-800:]}")
 
-# %% ../nbs/10_toy.ipynb #4767f434
+# %% ../nbs/10_toy.ipynb #837a8ec5
 def main():
     "A worker of `make_toy`: `python -m avnb.toy OUT JOB`, JOB being the JSON that `share_out` gives."
-    out, (numbers, seed, languages, kind, dur_s, mix, keep) = Path(sys.argv[1]), json.loads(sys.argv[2])
+    out, (numbers, seed, languages, kind, dur_s, mix) = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    banks = {lang: bank(lang, Path(keep)) for lang in languages}
-    for i in numbers: _make_one(out, i, seed, languages, kind, dur_s, mix and DubMix(**mix), banks)
+    said = banks(languages)
+    for i in numbers: _make_one(out, i, seed, languages, kind, dur_s, mix and DubMix(**mix), said)
 
 if __name__ == "__main__" and "get_ipython" not in globals(): main()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import assume, given, settings as effort, strategies as st
+from places import workplace
 
 import avnb.configs
 from avnb.checkpoints import checkpoints
@@ -65,9 +66,8 @@ def segments(tmp_path_factory):
 @pytest.fixture
 def place(tmp_path, segments, monkeypatch):
     "A working directory with a settings.ini of its own and the segments."
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(workplace(tmp_path))
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    (tmp_path / "settings.ini").write_text("[paths]\ndata = data\nfigures = figures\nruns = data/runs\n[run]\ndevice = cpu\n")
     shutil.copytree(segments, tmp_path / "segments")
     return tmp_path
 

@@ -1,5 +1,6 @@
 """LSSD's variants as a person starts them: the ancestor first, or from given weights."""
-from test_runs import executed, papermill, workplace
+from places import workplace
+from test_runs import executed, papermill
 
 from avnb.core import read_json
 from avnb.training import read_lines

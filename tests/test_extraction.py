@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from places import workplace
 from safetensors.torch import load_file
 
 from avnb.inference import extract, postprocess
@@ -62,7 +63,7 @@ def child(src, out, delay=0.1, part=(0, 1)):
 
 def papermill(cwd, *args):
     "Execute infer.ipynb as a person would; (process, executed notebook)."
-    (cwd / "settings.ini").write_text("[paths]\ndata = data\nfigures = figures\nruns = data/runs\n[run]\ndevice = cpu\n")
+    workplace(cwd)
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "--no-log-output", str(ROOT / "nbs/infer.ipynb"), "out.ipynb", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=900), cwd / "out.ipynb"
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from places import workplace
 
 from avnb.colours import heads_video, pca_strip, pca_view, show_heads, show_pca
 from avnb.core import settings
@@ -270,8 +271,7 @@ def test_a_watched_run_uploads_each_figure_once(tmp_path, monkeypatch):
     from avnb.store import prepare
     from avnb.toy import make_toy
     from avnb.training import fit
-    (tmp_path / "settings.ini").write_text("[paths]\ndata = data\nfigures = figures\nruns = data/runs\n[run]\ndevice = cpu\n")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(workplace(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     chosen = {"train.batch_size": 2, "train.val_every": 100, "store.fps": 2, "store.workers": 0, "train.draw_every": 2, "train.draw_n": 2}
     made = lambda data: recipe("grounding", data=data, steps=4, save_every=2, overrides=chosen)

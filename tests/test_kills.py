@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from test_runs import ENVIRONMENT, TINY, finished, n_lines, workplace
+from places import workplace
+from test_runs import ENVIRONMENT, TINY, finished, n_lines
 
 from avnb.checkpoints import checkpoints, load_run
 from avnb.recipes import recipe, variants
@@ -52,8 +53,8 @@ def place(tmp_path_factory):
 
 
 def started(place, mode, out, steps=STEPS, processes=1):
-    cwd = workplace(place / ("two" if mode in ("workers", "everything") else "none"))
-    if cwd.name == "two": (cwd / "settings.ini").write_text((cwd / "settings.ini").read_text() + "workers = 2\n")
+    two = mode in ("workers", "everything")
+    cwd = workplace(place / ("two" if two else "none"), "workers = 2\n"*two)
     chosen = {**TINY, **MODES[mode]}
     for tower in ("model.audio", "model.image"):
         if tower in chosen: chosen[tower] = str(place / chosen[tower])

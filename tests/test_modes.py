@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from places import workplace
 from safetensors.torch import load_file
 from test_kills import LATE, MODES, TOWERS, place  # noqa: F401
 
@@ -23,8 +24,7 @@ def made(place, steps=STEPS, **more):  # noqa: F811
 
 @pytest.fixture(autouse=True)
 def elsewhere(place, tmp_path, monkeypatch):  # noqa: F811
-    (tmp_path / "settings.ini").write_text("[paths]\ndata = data\nfigures = figures\nruns = data/runs\n[run]\ndevice = cpu\n")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(workplace(tmp_path))
 
 
 def test_with_adapters_only_they_and_the_heads_change(place, tmp_path):  # noqa: F811

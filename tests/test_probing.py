@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import workplace
 
 from avnb.core import read_json, settings
 from avnb.dub_trials import dub_sets
@@ -19,8 +20,7 @@ SHARE = .02  # two videos of each set
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     "A working directory with a settings.ini of its own, and what a fresh model answers there."
-    folder = tmp_path_factory.mktemp("probing")
-    (folder / "settings.ini").write_text("[paths]\ndata = data\nfigures = figures\nruns = data/runs\n[run]\ndevice = cpu\n")
+    folder = workplace(tmp_path_factory.mktemp("probing"))
     with pytest.MonkeyPatch.context() as m:
         m.chdir(folder)
         who = fresh_subject("B5")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_runs import workplace
+from places import workplace
 
 from avnb import studies
 from avnb.batches import ClipDataset

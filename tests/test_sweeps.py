@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from places import workplace
 
 from avnb.checkpoints import checkpoints
 from avnb.core import read_json, write_json
@@ -27,8 +28,7 @@ STEPS = 200
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     "A working directory with a settings.ini of its own, and eight clips of two seconds."
-    folder = tmp_path_factory.mktemp("sweeps")
-    (folder / "settings.ini").write_text("[paths]\ndata = data\nfigures = figures\nruns = data/runs\n[run]\ndevice = cpu\n")
+    folder = workplace(tmp_path_factory.mktemp("sweeps"))
     (folder / "clips").mkdir()
     g = torch.Generator().manual_seed(0)
     for i in range(8):
