@@ -26,7 +26,7 @@ def toy_corpus(
     name = f"{data.kind}-{data.videos}" + f"-seed{data.seed}"*bool(data.seed) + "-gaps"*(not data.looped) + "".join(f"-{k}" for k in data.languages or ())
     return make_toy(Path(home)/name, data.videos, seed=data.seed, languages=data.languages, kind=data.kind, mix=None if data.looped else DubMix(looped=False))
 
-# %% ../nbs/41_sources.ipynb #2cbc685a
+# %% ../nbs/41_sources.ipynb #d83a8525
 def find_store(
     recipe:Recipe,
 ):              # the opened store
@@ -38,7 +38,8 @@ def find_store(
     if is_store(source): return open_store(source)
     out = home/"stores"/f"{source.name}-{stable_hash([str(source.resolve()), recipe.store.hash])[:8]}"
     few = recipe.data.source is None and recipe.data.videos < 8   # processes would take longer to start than to work
-    report = prepare(source, out, recipe=replace(recipe.store, workers=recipe.store.workers or (0 if few else os.cpu_count())))
+    workers = (0 if few else os.cpu_count()) if recipe.store.workers is None else recipe.store.workers
+    report = prepare(source, out, recipe=replace(recipe.store, workers=workers))
     if report.broken: print(f"{len(report.broken)} of {len(report.broken) + report.n_ok} files left out:", *(f"  {path}: {why}" for path, why in report.broken), sep="\n")
     return open_store(out)
 

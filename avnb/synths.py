@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['SYNTH_HZ', 'AMBIENCES', 'play', 'merge_spans', 'ambience']
 
-# %% ../nbs/08_synths.ipynb #7f454b42
+# %% ../nbs/08_synths.ipynb #0e387793
 import numpy as np
-from scipy.signal import butter, sosfilt
 
 from .core import nearest
 
-# %% ../nbs/08_synths.ipynb #46dee15c
+# %% ../nbs/08_synths.ipynb #9e7c15af
 SYNTH_HZ = 48_000
 
 def _time(s): return np.arange(int(s * SYNTH_HZ)) / SYNTH_HZ
@@ -21,6 +20,7 @@ def _fade(x, s=.005):
     if n: x[:n] *= np.linspace(0, 1, n); x[-n:] *= np.linspace(1, 0, n)
     return x
 def _band(g, n, low, high):
+    from scipy.signal import butter, sosfilt  # .7 s, which no process pays that makes no sound
     return sosfilt(butter(2, (low, min(high, 20_000)), "bandpass", fs=SYNTH_HZ, output="sos"), g.normal(0, 1, n))
 
 # %% ../nbs/08_synths.ipynb #49bafe27
