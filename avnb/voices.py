@@ -114,11 +114,12 @@ def bank(
             Utterance(lang, str(word), str(text), str(voice), part.astype(np.float32)/32767, int(rate_hz), float(word_s)))
     return out
 
-# %% ../nbs/09_voices.ipynb #4956abe2
+# %% ../nbs/09_voices.ipynb #cd557a74
 def banks(
     languages, # of WORDS
 )->dict:       # {language: bank(language)}
     "Several languages' banks; what is not there yet is made side by side."
+    languages = list(dict.fromkeys(languages))
     with ThreadPoolExecutor(os.cpu_count()) as pool: return dict(zip(languages, pool.map(bank, languages), strict=True))
 
 # %% ../nbs/09_voices.ipynb #7837ad2d
