@@ -17,7 +17,7 @@ from typing import Any
 
 from .media import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 
-# %% ../nbs/53_catalogues.ipynb #3d88bc29
+# %% ../nbs/53_catalogues.ipynb #32bf6740
 @dataclass(frozen=True)
 class Entry:
     "One question of a protocol, and where its media are."
@@ -32,7 +32,7 @@ class Entry:
     code:int|None=None     # of what is asked for, in a mask of many classes; None: all that is not black
     span:tuple|None=None   # (start_s, end_s) of the word that is asked for
     moment:tuple|None=None # (start_s, end_s) of the file that is asked about; None: all of it
-    group:str=""           # the film it is from, where several are; else its own
+    group:str=""           # the film or picture it is from, where several are; else its own
 
     def __post_init__(self): object.__setattr__(self, "group", self.group or self.id)
 
@@ -110,7 +110,7 @@ class Listing:
         asked = "" if len(self.items) == self.n_found else f" ({len(self.items):,} questions)"
         return f"{self.protocol}: {self.n_found:,} of {self.n_listed:,} rows have media{asked}" + "".join(f"; {x}" for x in left) + (f". {self.note}" if self.note else "")
 
-# %% ../nbs/53_catalogues.ipynb #19ec72bf
+# %% ../nbs/53_catalogues.ipynb #4999f99c
 def collect(
     protocol:str,
     rows:Iterable,  # (where it stands, row, or the ValueError that reading it raised)
@@ -125,7 +125,7 @@ def collect(
             if isinstance(row, ValueError): raise row
             if (asked := parse(row)) is None: continue
         except ValueError as e: n += 1; out.malformed.append((where, str(e))); continue
-        n, first = n + 1, asked[0][0].group
+        n, first = n + 1, asked[0][0].group if len(asked) > 1 else asked[0][0].id
         if first in seen:
             if seen[first] == asked: out.doubled.append(first)
             else: out.malformed.append((where, f"{first} was listed before, with another answer"))

@@ -17,7 +17,7 @@ from avnb.embedders import DenseEmbedder, Embedder, FolderEmbedder, embedder, sa
 from avnb.encoders import audio_encoder, image_encoder
 from avnb.masks import SIDE
 from avnb.media import write_video
-from avnb.metrics import avs_each, avs_figures, avs_told, localisation_figures, segmentation_figures
+from avnb.metrics import avs_each, avs_figures, avs_told, iiou_figures, localisation_figures, segmentation_figures
 from avnb.mlp import MLPConfig
 from avnb.models import DenseAligner
 from avnb.protocols import PROTOCOLS, Protocol, evaluate, protocols_table, read_listing
@@ -38,7 +38,7 @@ class List:
     questions: int = 1
 
     def write(self, folder: Path, rows: list, ids) -> Path:
-        text = json.dumps({"data": rows} if self.protocol != "vggss" else rows) if self.file.endswith("json") else self.head + "".join(f"{r}\n" for r in rows)
+        text = json.dumps({"data": rows} if self.protocol not in ("vggss", "is3") else rows) if self.file.endswith("json") else self.head + "".join(f"{r}\n" for r in rows)
         files = {**self.always, **{k: v for i in ids for k, v in (self.more(i) if self.more else {}).items()}, self.file: text}
         for name, content in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +60,8 @@ LISTS = [
     List("places", "val.json", lambda i: {"wav": f"wavs/1/u{i}.wav", "image": f"a/abbey/g{i}.jpg"}, lambda i: [f"places/wavs/1/u{i}.wav", f"images/a/abbey/g{i}.jpg"], [None, {"wav": "x.wav"}, {"wav": "../x.wav", "image": "g.jpg"}, {"wav": [], "image": "g.jpg"}]),
     List("vggss", "vggss.json", lambda i: {"file": f"c{i}", "class": "dog", "bbox": BOX}, lambda i: [f"frames/c{i}.jpg", f"audio/c{i}.wav"],
          ["x", {"file": "x", "class": "dog", "bbox": []}, {"file": "x", "class": "dog", "bbox": [[0, 0, 0, 1]]}, {"file": "x", "class": "dog", "bbox": [["a", 0, 1, 1]]}, {"file": "..", "class": "dog", "bbox": BOX}]),
+    List("is3", "IS3_annotation.json", lambda i: {"image": f"/x/cat_bus_{i//2}_{i}.jpg", "audio": f"/x/cat_bus_{i//2}_{i}.wav", "gt_box": [0, 0, 112, 224]}, lambda i: [f"images/cat_bus_{i//2}_{i}.jpg", f"audio_waw/cat_bus_{i//2}_{i}.wav"],
+         ["x", {"image": "cat.jpg", "audio": "cat.wav", "gt_box": [0, 0, 1, 1]}, {"image": "a_b.jpg", "audio": "a_b.wav", "gt_box": [1, 0, 1, 1]}, {"image": "a_b.jpg", "audio": "..", "gt_box": [0, 0, 1, 1]}, {"image": "a_b.jpg", "audio": "a_b.wav"}]),
     List("flickr_soundnet", "flickr_test.csv", lambda i: f"{i},202", lambda i: [f"Data/{i}.jpg", f"Data/{i}.wav"], ["../1,0", "777,0", "778,0", "779,0"], more=annotation,
          always={"Annotations/778.xml": "<annotation/>", "Annotations/779.xml": "<annotation>"}),
     List("avsbench_s4", "s4_meta_data.csv", lambda i: f"f{i},0,dog,test", lambda i: [*frames_of(f"f{i}", "visual_frames/test/dog"), *frames_of(f"f{i}", "gt_masks/test/dog"), f"audio_wav/test/dog/f{i}.wav"], ["f,0,dog", "f,0,,test", ",0,dog,test", "f,0,dog,dev", "../f,0,dog,test"],
@@ -238,6 +240,24 @@ def test_localisation_end_to_end(tmp_path):
     own = evaluate("flickr_soundnet", save_embeddings(tmp_path / "own", ["0", "1"], heat=heat), flickr, tmp_path / "photos")
     assert set(own["metrics"]) == {"cIoU", "AUC", "cIoU_mean", "pointing", "area_iou"}
     assert own["metrics"]["cIoU"]["value"] == own["metrics"]["pointing"]["value"] == 1 and own["metrics"]["cIoU_mean"]["value"] > .7 > own["baselines"]["everything"]["cIoU_mean"]["value"]
+
+
+def test_two_things_in_a_picture_must_both_be_found(tmp_path):
+    "IS3's figures are those of maps put together by picture; a picture with one thing left is not counted."
+    names = [f"cat_bus_{n}_{x}" for n in range(3) for x in ("cat", "bus")][:-1]
+    boxes = {name: [0, 0, 112, 224] if name.endswith("cat") else [112, 0, 224, 224] for name in names}
+    for n, name in enumerate(names): image(tmp_path / f"media/images/{name}.jpg", n, (64, 64)); tone(tmp_path / f"media/audio_wav/{name}.wav", n)
+    (tmp_path / "IS3_annotation.json").write_text(json.dumps([{"image": f"{n}.jpg", "audio": f"{n}.wav", "gt_box": boxes[n]} for n in names]))
+    heat = np.random.default_rng(0).random((5, 8, 8))
+    heat[0, :, :4] += 1; heat[1, :, 4:] += 1; heat[2, :, :4] += 1   # both right; one right
+    told = evaluate("is3", save_embeddings(tmp_path / "own", names, heat=heat), tmp_path, tmp_path / "media")
+    m = {k: v["value"] for k, v in told["metrics"].items()}
+    assert m["IIoU"] == .5 and m["adaptive_IIoU"] == .5 and m["cIoU"] >= .6 and told["metrics"]["IIoU"]["n"] == 2 and told["metrics"]["cIoU"]["n"] == 5
+    at = lambda x: torch.nn.functional.interpolate(torch.tensor(x)[None].float(), size=(224, 224), mode="bilinear")[0].view(2, 2, 224, 224)
+    truth = torch.zeros(2, 2, 224, 224); truth[:, 0, :, :112] = 1; truth[:, 1, :, 112:] = 1
+    whole = iiou_figures(at(heat[:4]), truth)
+    assert all(abs(m[k] - whole[k]["value"]) < 2e-3 for k in ("IIoU", "IAUC", "IIoU_mean"))
+    assert told["baselines"]["everything"]["IIoU_mean"]["value"] == .5 and {"IIoU", "adaptive_IAUC"} <= set(told["baselines"]["saliency"])
 
 
 def test_avsbench_end_to_end(tmp_path):
