@@ -222,18 +222,20 @@ class DenseEmbedder(Embedder):
         x, keep = pool_time(x, torch.ones(x.shape[:2], dtype=torch.bool), self.facts["time_pool"], lambda x: by_heads(x, self.facts["similarity"], self.facts["heads"]))
         return {"x": x, "keep": keep}
 
-# %% ../nbs/53_embedders.ipynb #9ac66678
-def _dense_heat(self, e:Entry, how:str)->dict:
+# %% ../nbs/53_embedders.ipynb #1083afce
+def _by_moment(self, e:Entry, how:str)->tuple: # similarities (K, T, h, w) of each head, and what is heard (T,)
     sound = clip_sounds(e, AUDIO_HZ)[0]
-    frame = squared(clip_pictures(e), 224, how)
-    with torch.no_grad(): places = embed_frames(self.model, frame, self.view)[0].float().cpu()
+    with torch.no_grad(): places = embed_frames(self.model, squared(clip_pictures(e), 224, how), self.view)[0].float().cpu()
     audio, K = self._tokens(sound), self.facts["heads"]
     S = torch.einsum("tkd,hwkd->kthw", audio.unflatten(-1, (K, -1)), places.unflatten(-1, (K, -1)))
+    return S, audible_tokens(sound[None], torch.ones(1, len(audio), dtype=torch.bool))[0]
+
+def _dense_heat(self, e:Entry, how:str)->dict:
+    S, heard = self.by_moment(e, how)
     S = S.sum(0) if self.facts["pool"] == "sum" else S.amax(0)
-    heard = audible_tokens(sound[None], torch.ones(1, len(audio), dtype=torch.bool))[0]
     return {name: prompt_heat(S, prompt_weight(heard, span)) for name, span in (("basic", None), ("advanced", e.span)) if span or name == "basic"}
 
-DenseEmbedder._heat = _dense_heat
+DenseEmbedder.by_moment, DenseEmbedder._heat = _by_moment, _dense_heat
 
 # %% ../nbs/53_embedders.ipynb #4052a488
 ARRAYS = ("video", "audio", "heat")

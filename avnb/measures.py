@@ -112,7 +112,7 @@ class Pictures:
     def heat(self, name:str="basic")->AtSize|None: return AtSize([m[name] for m in self.maps], self.truth) if all(name in m for m in self.maps) else None
     def there(self)->list: return [bool(self.truth[i].any()) for i in range(len(self.truth))]
 
-# %% ../nbs/53_measures.ipynb #41b185d6
+# %% ../nbs/53_measures.ipynb #0a20592c
 def another(items:list, n:int)->Entry|None:
     "A clip of another film, and of another class if there is one; None if all are of one film."
     later = [*items[n + 1:], *items[:n]]
@@ -123,12 +123,13 @@ def mapped_pictures(
     model:Embedder,
     items:list, # of Entry
     how:str,    # how a picture is cut, see `squared`
+    ask=None,   # another question than `model.heat`
 )->Pictures:
     "All that figures of places need, clip by clip; ValueError if none could be asked."
     small = lambda e: squared(clip_pictures(e), SIDE//4, how)[0].round().clamp(0, 255).byte() # what stands out is no matter of single pixels
-    asked, found, broken = gathered(items, lambda e: (packed(e, how), dict(model.heat(e, how)), small(e)), "maps")
+    asked, found, broken = gathered(items, lambda e: (packed(e, how), dict((ask or model.heat)(e, how)), small(e)), "maps")
     truth, maps, frames = (list(x) for x in zip(*found, strict=True))
-    for n, e in enumerate(tqdm(asked if model.dense else [], "maps with another's sound", unit="clip", delay=5, leave=False)):
+    for n, e in enumerate(tqdm(asked if model.dense and ask is None else [], "maps with another's sound", unit="clip", delay=5, leave=False)):
         other = another(asked, n)
         if other is not None: maps[n]["shuffled"] = model.heat(replace(e, sound=other.sound, moment=e.moment and other.moment, span=None), how)["basic"]
     return Pictures(asked, maps, frames, Truths(truth), broken)

@@ -7,7 +7,7 @@ __all__ = ['COMMAND', 'TASKS', 'CAVMAE', 'BIND', 'SYNC', 'PEAV', 'DENSEAV', 'VES
            'VES_5000', 'CAVMAE_LISTS', 'ESC_BIND', 'CLIP', 'FRAMES', 'DENSEAV_ZIP', 'AVS', 'PROTOCOLS', 'Protocol',
            'protocol_of', 'protocols_table', 'read_listing', 'ask_hear', 'evaluate', 'coverage_of']
 
-# %% ../nbs/53_protocols.ipynb #e8bf7501
+# %% ../nbs/53_protocols.ipynb #52a980f0
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -21,16 +21,17 @@ from .embedders import Embedder, FolderEmbedder, embedder
 from .events import EventAnswers, onset_results
 from .folds import LVU_VALUES, read_esc50, read_hear, read_hmdb51, read_lvu, read_ucf101
 from .hear import hear_model
-from .masks import read_ade_sound, read_ade_speech, read_avsbench_ms3, read_avsbench_s4, read_flickr, read_is3, read_vggss
+from .masks import read_ade_heads, read_ade_sound, read_ade_speech, read_avsbench_ms3, read_avsbench_s4, read_flickr, read_is3, read_vggss
 from .measures import PROBES, answers_figure, ask_localisation, ask_probes, ask_retrieval, ask_segmentation
 from .mlp import MLPConfig, hear_probe
 from .pairs import read_audioset, read_audioset_sync, read_places, read_vggsound, read_vggsound_sync
+from .parting import ask_heads
 from .probes import rows
 from .tasks import hear_task, read_task, task_config
 
-# %% ../nbs/53_protocols.ipynb #dfc67d23
+# %% ../nbs/53_protocols.ipynb #4b17ecb4
 COMMAND = "papermill nbs/probe.ipynb out.ipynb -p checkpoint data/runs/B5 -p protocol {name} -p lists {lists} -p media {media}"
-TASKS = ("retrieval", "segmentation", "localisation", "probe", "hear")
+TASKS = ("retrieval", "segmentation", "heads", "localisation", "probe", "hear")
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
@@ -82,7 +83,7 @@ _RETRIEVAL = [
              published=VES_5000, source=NOTES),
 ]
 
-# %% ../nbs/53_protocols.ipynb #e26b41c6
+# %% ../nbs/53_protocols.ipynb #729271bd
 DENSEAV_ZIP = "prompted_segmentation.csv in the zip file of DenseAV's README (github.com/mhamilton723/DenseAV)"
 AVS = "in the archive of AVSBench (github.com/OpenNLPLab/AVSBench)"
 _PLACES = [
@@ -90,6 +91,7 @@ _PLACES = [
              published={"advanced/mAP": {DENSEAV: .487}, "advanced/mIoU": {DENSEAV: .368}}, source=f"{NOTES}, from memory of the paper; {ORACLE}"),
     Protocol(name="ade_sound", task="segmentation", what="objects in photographs of ADE20K, by a sound they make", list_from=DENSEAV_ZIP, reader=read_ade_sound, lists="ADE20KSoundPrompted", media="ADE20KSoundPrompted",
              published={"basic/mAP": {DENSEAV: .327}, "basic/mIoU": {DENSEAV: .242}}, source=f"{NOTES}, from memory of the paper; {ORACLE}"),
+    Protocol(name="ade_heads", task="heads", what="both of these, each kind by a head of its own", list_from=f"both sets: {DENSEAV_ZIP}", reader=read_ade_heads, lists="DenseAV", media="DenseAV"),
     Protocol(name="vggss", task="localisation", what="boxes of what sounds in VGGSound's test clips", list_from="vggss.json (github.com/hche11/Localizing-Visual-Sounds-the-Hard-Way)", reader=read_vggss, lists="vggss.json", media="vggss",
              published={"cIoU": {ALIGN: .399}}, source=NOTES),
     Protocol(name="is3", task="localisation", what="boxes of two things in a generated picture, each with its sound", list_from="IS3_annotation.json of the data set (github.com/kaistmm/SSLalignment)", reader=read_is3, lists="IS3_annotation.json", media="IS3", several=True),
@@ -158,7 +160,7 @@ def ask_hear(
     if isinstance(found, EventAnswers): return onset_results(found) | {"items": [{"id": i, "fold": f, "events": len(found.events[0][n])} for n, (i, f) in enumerate(zip(found.ids, found.fold.tolist(), strict=True))], "broken": broken}
     return answers_figure([found]) | {"items": rows(found), "broken": broken}
 
-# %% ../nbs/53_protocols.ipynb #63d755e4
+# %% ../nbs/53_protocols.ipynb #183a01e3
 def evaluate(
     protocol,               # a name of PROTOCOLS, or a Protocol
     model,                  # anything that `embedder` takes: a model, a run folder, a folder of arrays
@@ -181,6 +183,7 @@ def evaluate(
         asked = embedder(model, kept)
         if p.task == "retrieval": told = ask_retrieval(asked, items, p.parts, device)
         elif p.task == "segmentation": told = ask_segmentation(asked, items)
+        elif p.task == "heads": told = ask_heads(asked, items)
         elif p.task == "localisation": told = ask_localisation(asked, items, p.masks, p.several)
         elif p.task == "hear": told = ask_hear(asked, lists, listing, config, seeds)
         else:

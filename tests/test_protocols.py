@@ -152,9 +152,9 @@ def test_the_table_says_what_there_is_to_know():
 
 # Every kind of protocol, from its list to its figures
 
-def dense_model():
+def dense_model(heads=2):
     torch.manual_seed(0)
-    return DenseAligner(audio_encoder("toy"), image_encoder("toy"), dim=16, head="centred", heads=2)
+    return DenseAligner(audio_encoder("toy"), image_encoder("toy"), dim=16, head="centred", heads=heads)
 
 
 def dual_model():
@@ -275,15 +275,22 @@ def test_avsbench_end_to_end(tmp_path):
     assert told["baselines"]["everything"]["M_J"]["value"] == pytest.approx(.9*400/1920, abs=.01)
 
 
-def test_segmentation_end_to_end(tmp_path):
+def prompted(folder, column):
+    "Three photographs with two classes, and a list that asks for them."
     codes = {300: (10, 44, 7), 515: (20, 3, 9)}
     for n in range(3):
-        image(tmp_path / f"frames/val/a{n}.jpg", n); tone(tmp_path / f"audio/p{n}.wav", n)
+        image(folder / f"frames/val/a{n}.jpg", n); tone(folder / f"audio/p{n}.wav", n)
         paint = np.zeros((40, 48, 3), np.uint8); paint[5:20, 8:30] = codes[300]; paint[25:35, 8:30] = codes[515]
-        (tmp_path / "annotations/val").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(paint).save(tmp_path / f"annotations/val/a{n}_seg.png")
+        (folder / "annotations/val").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(paint).save(folder / f"annotations/val/a{n}_seg.png")
     rows = [f'val/a{n}.jpg,{code},p{n}.wav,"[0.1, 0.2]"' for n in range(3) for code in codes] + ['val/a0.jpg,7,p0.wav,"[0.1, 0.2]"', 'val/a1.jpg,300,p2.wav,"[3, 4]"']
-    (tmp_path / "prompted_segmentation.csv").write_text("image_location,ade_class_id,speech_prompt_file,timing\n" + "\n".join(rows))
+    (folder / "prompted_segmentation.csv").write_text(f"image_location,ade_class_id,{column},timing\n" + "\n".join(rows))
+    return folder
+
+
+def test_segmentation_end_to_end(tmp_path):
+    prompted(tmp_path, "speech_prompt_file")
+    codes = (300, 515)
     told = evaluate("ade_speech", dense_model(), tmp_path, tmp_path)
     assert set(told["metrics"]) == {f"{way}/{k}" for way in ("basic", "advanced") for k in ("mAP", "mIoU", *(f"{kind}/{code}" for kind in ("AP", "IoU") for code in codes))}
     assert all(v["n"] == (6 if "/m" in k else 3) and v["lo"] <= v["value"] <= v["hi"] for k, v in told["metrics"].items())
@@ -295,6 +302,19 @@ def test_segmentation_end_to_end(tmp_path):
 
 
 SMALL = MLPConfig(hidden=8, layers=(1,), lrs=(1e-2,), inits=("uniform",), points=1, epochs=3)
+
+
+def test_heads_on_photographs(tmp_path):
+    for way, column in (("Speech", "speech_prompt_file"), ("Sound", "vggsound_file")):
+        with open(prompted(tmp_path / f"both/ADE20K{way}Prompted", column) / "prompted_segmentation.csv", "a") as f: f.write("\nval/a9.jpg,300,p0.wav,\nval/a0.jpg,x,p0.wav,")
+    found = read_listing("ade_heads", tmp_path / "both", tmp_path / "both")
+    assert (found.n_listed, found.n_found, len(found.missing), len(found.malformed)) == (20, 16, 2, 2) and {e.fold for e in found.items} == {"speech", "sound"} and found.missing[0][0].startswith("speech/")
+    told = evaluate("ade_heads", dense_model(), tmp_path / "both", tmp_path / "both")
+    m, b = told["metrics"], told["baselines"]
+    assert m["AP-dis"]["lo"] <= m["AP-dis"]["value"] <= m["AP-dis"]["hi"] and m["AP-dis"]["value"] == pytest.approx((m["AP/speech"]["value"] + m["AP/sound"]["value"])/2, abs=1e-4)
+    assert m["speech_head"]["value"] != m["sound_head"]["value"] and b["by_lot"]["AP-dis"]["value"] <= m["AP-dis"]["value"] and {"together", "by_lot", "everything", "centre", "saliency", "random"} == set(b)
+    assert "classes left out, in none of their pictures: speech/7, sound/7" in told["coverage"]
+    with pytest.raises(ValueError, match="one head"): evaluate("ade_heads", dense_model(heads=1), tmp_path / "both", tmp_path / "both")
 
 
 def test_probes_end_to_end(tmp_path):
