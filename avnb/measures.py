@@ -163,7 +163,7 @@ def mask_readings(
         out.append({"M_J": iou.item(), "F": F[0], "there": there.item()} | ({"pointing": pointing_each(h, g).double().item()} if there and not decided else {}))
     return out
 
-# %% ../nbs/53_measures.ipynb #7ab08e33
+# %% ../nbs/53_measures.ipynb #0c593032
 def localisation_told(
     each:list,   # of `place_readings` or `mask_readings`
     groups:list, # the film of each
@@ -182,7 +182,7 @@ def all_found(
     "Means over pictures of their worst answer; pictures of which only one answer could be asked are left out."
     of = {}
     for r, g in zip(each, groups, strict=True): of.setdefault(g, []).append(r)
-    worst = {name: [min(r[k] for r in rows) for rows in of.values() if len(rows) > 1] for name, k in WORST.items()}
+    worst = {name: [min(r[k] for r in rows) for rows in of.values() if len(rows) > 1] for name, k in WORST.items() if k in each[0]}
     return {name: grouped_interval(v, range(len(v))) for name, v in worst.items() if v}
 
 # %% ../nbs/53_measures.ipynb #f8333e91

@@ -97,7 +97,10 @@ class Notebook:
         self.page.on("websocket", lambda w: (w.on("framesent", lambda f: self.sent.append(f)), None if w.url.startswith("ws://127.0.0.1:") else self.away.append(w.url)))
         self.page.goto(lab.url(name))
         self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=120_000)
-        while not any(s["path"].endswith(name) and s["kernel"]["execution_state"] == "idle" for s in lab.sessions()): time.sleep(.1)
+        until = time.time() + 120
+        while not any(s["path"].endswith(name) and s["kernel"]["execution_state"] == "idle" for s in lab.sessions()):
+            if time.time() > until: raise RuntimeError(f"{name}: no idle kernel after two minutes: {lab.sessions()}")
+            time.sleep(.1)
         self.client = None
 
     def run_all(self, selector):

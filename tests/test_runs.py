@@ -330,7 +330,7 @@ def test_the_config_of_the_published_code(tmp_path):
     for i in range(6): clip(tmp_path / f"src/{'abcdef'[i]}.mp4", i, 3)
     flat = segment(tmp_path / "src", tmp_path / "flat", seconds=1)
     config = tmp_path / "config.yaml"
-    config.write_text(SEED_CONFIG.format(video_dir=flat, output_dir=out, batch_size=4, num_epochs=40))
+    config.write_text(SEED_CONFIG.format(video_dir=flat, output_dir=out, batch_size=4, num_epochs=20))
     plain = {k: v for k, v in ENVIRONMENT.items() if k not in ("WANDB_MODE", "WANDB_API_KEY")} | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen([sys.executable, "-m", "avnb.training", "--config", str(config)], cwd=cwd, env=plain, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
