@@ -7,10 +7,11 @@ __all__ = ['SIDE', 'boxes_of', 'scene_wants', 'vggss_entry', 'read_vggss', 'is3_
            'avsbench_entries', 'read_avsbench_s4', 'read_avsbench_ms3', 'prompted_row', 'read_ade_speech',
            'read_ade_sound', 'read_ade_heads', 'code_of', 'truth_of']
 
-# %% ../nbs/53_masks.ipynb #b88f0d83
+# %% ../nbs/53_masks.ipynb #49d5ced8
 import json
 import os
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -126,7 +127,7 @@ def read_avsbench_ms3(lists:str|Path, media:str|Path)->Listing: # ms3_meta_data.
     "AVSBench, several sources: masks."
     return _avsbench("avsbench_ms3", lists, media, "ms3_meta_data.csv")
 
-# %% ../nbs/53_masks.ipynb #934048a2
+# %% ../nbs/53_masks.ipynb #cf73dc05
 def prompted_row(
     row:dict,
     prompt:str, # the column of its sound
@@ -156,11 +157,12 @@ def read_ade_sound(lists:str|Path, media:str|Path)->Listing: # prompted_segmenta
     return _prompted("ade_sound", lists, media, "vggsound_file")
 
 def read_ade_heads(lists:str|Path, media:str|Path)->Listing: # the folder that both sets lie in
-    "ADE20K, asked both ways; `fold` of a question is the way."
+    "ADE20K, asked both ways in turn; `fold` of a question is the way."
     both = {"speech": ("ADE20KSpeechPrompted", read_ade_speech), "sound": ("ADE20KSoundPrompted", read_ade_sound)}
     found = {way: read(Path(lists)/folder, Path(media)/folder) for way, (folder, read) in both.items()}
     every = lambda field: [(f"{way}/{x[0]}", x[1]) if isinstance(x, tuple) else f"{way}/{x}" for way, l in found.items() for x in getattr(l, field)]
-    items = [replace(e, id=f"{way}/{e.id}", group=f"{way}/{e.group}", fold=way) for way, l in found.items() for e in l.items]
+    mine = ([replace(e, id=f"{way}/{e.id}", group=f"{way}/{e.group}", fold=way) for e in l.items] for way, l in found.items())
+    items = [e for pair in zip_longest(*mine) for e in pair if e]
     return Listing("ade_heads", items, *(sum(getattr(l, k) for l in found.values()) for k in ("n_listed", "n_found")), *map(every, ("missing", "doubled", "malformed")))
 
 # %% ../nbs/53_masks.ipynb #5a9f86a0

@@ -160,7 +160,7 @@ def ask_hear(
     if isinstance(found, EventAnswers): return onset_results(found) | {"items": [{"id": i, "fold": f, "events": len(found.events[0][n])} for n, (i, f) in enumerate(zip(found.ids, found.fold.tolist(), strict=True))], "broken": broken}
     return answers_figure([found]) | {"items": rows(found), "broken": broken}
 
-# %% ../nbs/53_protocols.ipynb #183a01e3
+# %% ../nbs/53_protocols.ipynb #ca50f773
 def evaluate(
     protocol,               # a name of PROTOCOLS, or a Protocol
     model,                  # anything that `embedder` takes: a model, a run folder, a folder of arrays
@@ -195,7 +195,8 @@ def evaluate(
 
 def coverage_of(listing:Listing, told:dict, limit:int|None)->str:
     "What was asked of a list, in the end."
-    broken, empty, absent = (told.get(k, []) for k in ("broken", "empty", "absent"))
+    broken, empty, absent, alone = (told.get(k, []) for k in ("broken", "empty", "absent", "alone"))
     some = lambda x: "; ".join(x[:3]) + ("; ..." if len(x) > 3 else "")
     return listing.coverage() + (f"; only the first {limit} questions were asked" if limit and limit < len(listing.items) else "") \
-        + (f"; {len(broken)} could not be used: {some([f'{i}: {why}' for i, why in broken])}" if broken else "") + (f"; {len(empty)} have nothing to find: {some(empty)}" if empty else "") + (f"; classes left out, in none of their pictures: {', '.join(absent)}" if absent else "")
+        + (f"; {len(broken)} could not be used: {some([f'{i}: {why}' for i, why in broken])}" if broken else "") + (f"; {len(empty)} have nothing to find: {some(empty)}" if empty else "") + (f"; classes left out, in none of their pictures: {', '.join(absent)}" if absent else "") \
+        + (f"; {len(alone)} have no partner, and no part in IIoU: {some(alone)}" if alone else "")

@@ -21,7 +21,7 @@ from .groups import home
 from .languages import all_tracks, present, sounds_of, tracks_of
 from .media import decode_frames, probe
 
-# %% ../nbs/12_rows.ipynb #0b28b132
+# %% ../nbs/12_rows.ipynb #2464a9a4
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     "What a store keeps of every video, and what it calls broken."
@@ -37,7 +37,7 @@ class StoreConfig:
     film_s:float = 60.           # a longer file is a film: its groups are cuts, not the whole
     cut_s:float = 10.            # length of a film's cuts
     max_broken:float = .5        # a larger share of broken files stops `prepare`
-    workers:int|None = None      # processes; None = settings.ini
+    workers:int|None = None      # processes; None = settings.ini, or what suits the folder where a run makes its store (`41_sources`)
     shard_mb:int = 256           # size of one Arrow file
     def __post_init__(self):
         if self.sound not in ("needed", "optional"): raise ValueError(f"StoreConfig.sound={self.sound!r}; expected 'needed' or 'optional'.")

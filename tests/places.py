@@ -5,7 +5,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def workplace(folder: Path, more: str = "") -> Path:
-    "A working directory with a settings.ini of its own: nothing goes into the data of the repository. What the toy corpus says is read there, since it takes 10 seconds to make."
+    "A working directory with a settings.ini of its own: nothing goes into the data of the repository but what the toy's voices say, which takes 10 seconds to make and is the same for all."
     voices = ROOT / "data/voices"
     voices.mkdir(exist_ok=True)
     (folder / "data").mkdir(parents=True, exist_ok=True)

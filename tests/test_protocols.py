@@ -252,7 +252,7 @@ def test_two_things_in_a_picture_must_both_be_found(tmp_path):
     heat[0, :, :4] += 1; heat[1, :, 4:] += 1; heat[2, :, :4] += 1   # both right; one right
     told = evaluate("is3", save_embeddings(tmp_path / "own", names, heat=heat), tmp_path, tmp_path / "media")
     m = {k: v["value"] for k, v in told["metrics"].items()}
-    assert m["IIoU"] == .5 and m["adaptive_IIoU"] == .5 and m["cIoU"] >= .6 and told["metrics"]["IIoU"]["n"] == 2 and told["metrics"]["cIoU"]["n"] == 5
+    assert m["IIoU"] == .5 and m["adaptive_IIoU"] == .5 and m["cIoU"] >= .6 and told["metrics"]["IIoU"]["n"] == 2 and told["metrics"]["cIoU"]["n"] == 5 and "1 have no partner, and no part in IIoU: cat_bus_2_cat" in told["coverage"]
     at = lambda x: torch.nn.functional.interpolate(torch.tensor(x)[None].float(), size=(224, 224), mode="bilinear")[0].view(2, 2, 224, 224)
     truth = torch.zeros(2, 2, 224, 224); truth[:, 0, :, :112] = 1; truth[:, 1, :, 112:] = 1
     whole = iiou_figures(at(heat[:4]), truth)
@@ -311,8 +311,13 @@ def test_heads_on_photographs(tmp_path):
     assert (found.n_listed, found.n_found, len(found.missing), len(found.malformed)) == (20, 16, 2, 2) and {e.fold for e in found.items} == {"speech", "sound"} and found.missing[0][0].startswith("speech/")
     told = evaluate("ade_heads", dense_model(), tmp_path / "both", tmp_path / "both")
     m, b = told["metrics"], told["baselines"]
-    assert m["AP-dis"]["lo"] <= m["AP-dis"]["value"] <= m["AP-dis"]["hi"] and m["AP-dis"]["value"] == pytest.approx((m["AP/speech"]["value"] + m["AP/sound"]["value"])/2, abs=1e-4)
-    assert m["speech_head"]["value"] != m["sound_head"]["value"] and b["by_lot"]["AP-dis"]["value"] <= m["AP-dis"]["value"] and {"together", "by_lot", "everything", "centre", "saliency", "random"} == set(b)
+    assert set(m) == {"AP-dis", "AP/speech", "AP/sound", "speech_head", "sound_head"} and {"together", "shuffled heads", "shuffled", "everything", "centre", "saliency", "random"} == set(b)
+    apart = [evaluate(f"ade_{way.lower()}", dense_model(), *[tmp_path / f"both/ADE20K{way}Prompted"]*2) for way in ("Speech", "Sound")]
+    assert b["together"]["AP-dis"]["value"] == pytest.approx(np.mean([x["metrics"]["advanced/mAP"]["value"] for x in apart]), abs=2e-4), "heads together are the model, as each set alone asks it"
+    for rule in ("everything", "centre", "saliency"): assert b[rule]["AP/speech"]["value"] == pytest.approx(apart[0]["baselines"][rule]["advanced/mAP"]["value"], abs=2e-4)
+    some = evaluate("ade_heads", dense_model(), tmp_path / "both", tmp_path / "both", limit=4)
+    assert {r["id"].split("/")[0] for r in some["items"]} == {"speech", "sound"} and "only the first 4 questions" in some["coverage"]
+    with pytest.raises(ValueError, match="none of 1 questions is of sound"): evaluate("ade_heads", dense_model(), tmp_path / "both", tmp_path / "both", limit=1)
     assert "classes left out, in none of their pictures: speech/7, sound/7" in told["coverage"]
     with pytest.raises(ValueError, match="one head"): evaluate("ade_heads", dense_model(heads=1), tmp_path / "both", tmp_path / "both")
 
