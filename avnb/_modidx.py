@@ -304,6 +304,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'avnb.core.coerce': ('core.html#coerce', 'avnb/core.py'),
                            'avnb.core.content_hash': ('core.html#content_hash', 'avnb/core.py'),
                            'avnb.core.device': ('core.html#device', 'avnb/core.py'),
+                           'avnb.core.keep_memory': ('core.html#keep_memory', 'avnb/core.py'),
                            'avnb.core.nearest': ('core.html#nearest', 'avnb/core.py'),
                            'avnb.core.override': ('core.html#override', 'avnb/core.py'),
                            'avnb.core.read_json': ('core.html#read_json', 'avnb/core.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUDIO_HZ', 'TOKEN_HZ', 'FORMAT', 'LANGUAGES', 'token_times', 'seed_everything', 'stable_hash', 'content_hash', 'rng',
-           'nearest', 'to_iso', 'to_tag', 'Settings', 'settings', 'device', 'coerce', 'override', 'assigned',
-           'check_parameters', 'sync_folder', 'write_atomic', 'write_json', 'read_json']
+           'nearest', 'to_iso', 'to_tag', 'Settings', 'settings', 'device', 'keep_memory', 'coerce', 'override',
+           'assigned', 'check_parameters', 'sync_folder', 'write_atomic', 'write_json', 'read_json']
 
 # %% ../nbs/00_core.ipynb #84d6cd11
 import ast, configparser, hashlib, json, os, random, typing
@@ -131,6 +131,15 @@ def device(
     if kind not in there: raise ValueError(f"device {name!r} is unknown; {nearest(kind, ['auto', *there])}")
     if not there[kind]: print(f"device: {name} was asked for and is not here; running on the CPU.")
     return torch.device(name if there[kind] else "cpu")
+
+# %% ../nbs/00_core.ipynb #ab9db603
+def keep_memory(
+    size:int=2**30, # bytes: blocks up to this size, and as much free memory, stay with the process
+)->bool:            # whether the C library could be told: only glibc can
+    "Keep freed memory for the next step instead of fetching it anew."
+    import ctypes
+    if not hasattr(libc := ctypes.CDLL(None), "mallopt") or not hasattr(libc, "gnu_get_libc_version"): return False
+    return bool(libc.mallopt(-3, size) and libc.mallopt(-1, size)) # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
 
 # %% ../nbs/00_core.ipynb #f27c5382
 def coerce(

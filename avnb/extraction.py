@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['half_of', 'device_of', 'embed', 'Extraction', 'postprocess', 'fingerprint', 'view_of', 'mel_of', 'extract']
 
-# %% ../nbs/49_extraction.ipynb #c51ce369
+# %% ../nbs/49_extraction.ipynb #f8f5960e
 import fcntl
 import hashlib
 import json
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import FORMAT, read_json, stable_hash, to_iso, write_atomic, write_json
+from .core import FORMAT, keep_memory, read_json, stable_hash, to_iso, write_atomic, write_json
 from .gradients import has_bf16
 from .media import probe
 from .mels import LogMel48
@@ -181,7 +181,7 @@ def mel_of(
     told = (getattr(model, "lssd", None) or {}).get("AUDIO", {})
     return LogMel48(view.rate_hz, told.get("N_FFT", 1024), told.get("HOP_LENGTH", 501), told.get("N_MELS", 96))
 
-# %% ../nbs/49_extraction.ipynb #cddb78fc
+# %% ../nbs/49_extraction.ipynb #68258283
 def extract(
     model,                     # DualEncoder, a run folder, or any object with embed_video and embed_audio
     input_dir:str|Path,        # searched with all its subfolders; or one file
@@ -202,7 +202,7 @@ def extract(
         from avnb.checkpoints import load_run
         model = load_run(model)
     if not hasattr(model, "embed_video"): raise ValueError(f"extract: a {type(model).__name__} gives places, and no vector a window; needed an LSSD run or a published model. Its heat maps: `heat_videos`.")
-    i, n = part
+    i, n = part; keep_memory()
     if not 0 <= i < n or batch_size < 1: raise ValueError(f"extract: part={part}, batch_size={batch_size}; part is (i, n) with 0 <= i < n, and a batch holds at least one window.")
     out, where, training, view = Path(output_dir), device_of(model), getattr(model, "training", False), view or view_of(model)
     tracks, mel = None if tracks is None else tuple(to_iso(t) for t in ([tracks] if isinstance(tracks, str) else tracks)), (mel or mel_of(model, view)).to(where)

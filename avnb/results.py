@@ -7,7 +7,7 @@ __all__ = ['CONTRASTS', 'LESS', 'measure', 'points', 'versions', 'looks_typed', 
            'write_items', 'read_items', 'item_values', 'figure_text', 'less_is_better', 'clear_of', 'table',
            'snapshots', 'unnormalise', 'markdown_table', 'as_markdown', 'publish', 'as_run', 'main']
 
-# %% ../nbs/43_results.ipynb #21f99d17
+# %% ../nbs/43_results.ipynb #3506622d
 import argparse, math, platform, shlex, sys
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .checkpoints import Run, began_with, best_step, checkpoints, load_run
-from .core import FORMAT, device as pick_device, read_json, settings, write_atomic, write_json
+from .core import FORMAT, device as pick_device, keep_memory, read_json, settings, write_atomic, write_json
 from .lssd import DualConfig
 from .methods import method_of
 from .recipes import Recipe, from_dict
@@ -23,13 +23,14 @@ from .sources import find_store, questions
 from .trials import Tokens, asked, embed_set, heat_maps
 from .viz import save_figure, snapshot_row
 
-# %% ../nbs/43_results.ipynb #5f12aa3e
+# %% ../nbs/43_results.ipynb #89ccb6da
 def measure(
     run:Run,                # a finished run
     which:str="best",       # checkpoint: "best" by validation | "last"
     command:str="",         # how the run was started, for the record
 )->dict:                    # what results.json holds
     "Test a run's checkpoint and write results.json: the toy's questions, or retrieval on held-out groups of a person's own videos."
+    keep_memory()
     r, model, device = run.recipe, run.model(which), pick_device(settings().device)
     model = model.to(device)
     found, protocol = method_of(r, None if r.data.source is None else find_store(r)).test(model, device, before=began_with(run.path))

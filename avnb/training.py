@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trainer', 'beginning', 'fit', 'main']
 
-# %% ../nbs/42_training.ipynb #f91cfede
+# %% ../nbs/42_training.ipynb #96b2c6d1
 import argparse, fcntl, json, math, os, resource, secrets, signal, threading, time
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .batches import VideoSampler
 from .checkpoints import Run, ancestor_folder, ancestor_of, begin_with, best_step, checkpoints, cut_lines, load_checkpoint, prune, read_lines, rng_state, save_checkpoint
 from .configs import from_sections, job_from_file
-from .core import device as pick_device, read_json, seed_everything, settings, write_json
+from .core import device as pick_device, keep_memory, read_json, seed_everything, settings, write_json
 from .gradients import backward, cached_backward, has_batch_norm, has_bf16
 from .methods import method_of
 from .processes import any_rank, average_gradients
@@ -45,7 +45,7 @@ class Trainer:
         self._data(); self._model()
         self.step, self.skipped, self.cpu_s, self.waiting, self.stop, self.wandb, self.caches = 0, torch.zeros(2, device=self.device), 0., [], False, None, {}
 
-# %% ../nbs/42_training.ipynb #befbae7d
+# %% ../nbs/42_training.ipynb #aece3f33
 @patch
 def _data(self:Trainer):
     self.method = m = method_of(self.recipe, self.store)
@@ -59,7 +59,7 @@ def _data(self:Trainer):
 
 @patch
 def _model(self:Trainer):
-    r = self.recipe
+    r = self.recipe; keep_memory()
     seed_everything(r.seed)
     self.model, self.objective = self.method.model().to(self.device), self.method.objective().to(self.device)
     self.towers = {name: getattr(self.model, name) for name in self.method.towers}
