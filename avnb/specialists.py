@@ -78,7 +78,7 @@ def ap_dis(
     return {"AP-dis": value, "lo": min(lo, value), "hi": max(hi, value), "speech_head": a, "sound_head": b, "AP/speech": exact[a, 0].item(), "AP/sound": exact[b, 1].item(),
             "together": exact[-1].mean().item(), "by_lot": pairs.mean().item(), "chance": chance.item(), "n": len(speech)}
 
-# %% ../nbs/29_specialists.ipynb #2abb1500
+# %% ../nbs/29_specialists.ipynb #ba8bbb23
 def _class_aps(
     heat, truth, classes, # as `segmentation` takes them
     n:int, seed:int,
@@ -94,7 +94,7 @@ def prompted_ap_dis(
     sound:tuple,  # the same of what sounds
     n:int=1000,   # resamples of the pictures of each class
     seed:int=0,   # of the resampling
-)->dict:          # as `ap_dis`, chance apart; and "ends": {"AP-dis" | "AP/speech" | "AP/sound": (lo, hi)}
+)->dict:          # AP-dis, AP/speech, AP/sound, and "ends": {each of them: (lo, hi)}; speech_head, sound_head; together, by_lot; n
     "AP-dis of prompts that have classes: mean AP over classes instead of one pool."
     K = len(speech[0]) - 1
     if K < 2 or len(sound[0]) != K + 1: raise ValueError(f"prompted_ap_dis: maps of {K} and {len(sound[0]) - 1} heads; needed the same heads at speech and sound, two at least, and the maps of all together after them.")
@@ -105,4 +105,4 @@ def prompted_ap_dis(
     own, by = {"AP-dis": value, "AP/speech": exact[a, 0].item(), "AP/sound": exact[b, 1].item()}, {"AP-dis": drawn, "AP/speech": again[a, 0], "AP/sound": again[b, 1]}
     q = {k: x.nanquantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist() for k, x in by.items()}
     ends = {k: (min(lo, own[k]), max(hi, own[k])) for k, (lo, hi) in q.items()}
-    return own | {"lo": ends["AP-dis"][0], "hi": ends["AP-dis"][1], "ends": ends, "speech_head": a, "sound_head": b, "together": exact[-1].mean().item(), "by_lot": pairs.mean().item(), "n": len(speech[1]) + len(sound[1])}
+    return own | {"ends": ends, "speech_head": a, "sound_head": b, "together": exact[-1].mean().item(), "by_lot": pairs.mean().item(), "n": len(speech[1]) + len(sound[1])}

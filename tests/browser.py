@@ -51,7 +51,7 @@ class Lab:
             "--LabApp.extension_manager=readonly", "--ServerApp.terminals_enabled=False"], env=env, stdout=self.log, stderr=self.log, cwd=self.top)
 
     def __enter__(self):
-        until = time.time() + 120
+        until = time.time() + 60
         while time.time() < until:
             if self.process.poll() is not None: break
             try:
@@ -96,10 +96,10 @@ class Notebook:
         self.page.on("request", lambda r: None if r.url.startswith(("http://127.0.0.1:", "blob:", "data:")) else self.away.append(r.url))
         self.page.on("websocket", lambda w: (w.on("framesent", lambda f: self.sent.append(f)), None if w.url.startswith("ws://127.0.0.1:") else self.away.append(w.url)))
         self.page.goto(lab.url(name))
-        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=120_000)
-        until = time.time() + 120
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+        until = time.time() + 60
         while not any(s["path"].endswith(name) and s["kernel"]["execution_state"] == "idle" for s in lab.sessions()):
-            if time.time() > until: raise RuntimeError(f"{name}: no idle kernel after two minutes: {lab.sessions()}")
+            if time.time() > until: raise RuntimeError(f"{name}: no idle kernel after a minute: {lab.sessions()}")
             time.sleep(.1)
         self.client = None
 
@@ -110,10 +110,10 @@ class Notebook:
         self.page.click('[data-command="runmenu:run-all"]')
         self.page.wait_for_function("""() => document.querySelector('.jp-Dialog .jp-mod-accept') || [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].some(p => /[*0-9]/.test(p.textContent))""", timeout=30_000)
         if self.page.locator(".jp-Dialog .jp-mod-accept").count(): self.page.click(".jp-Dialog .jp-mod-accept")  # "Select Kernel", where the session isn't known to the page yet
-        self.page.wait_for_selector(selector, timeout=120_000)
+        self.page.wait_for_selector(selector, timeout=60_000)
         took = time.time() - begun
         self.page.wait_for_function("""() => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].every(p => !p.textContent.includes('*'))
-            && document.querySelector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')""", timeout=120_000)
+            && document.querySelector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')""", timeout=60_000)
         return took
 
     def failed(self): return self.page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"], .jp-RenderedText[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
@@ -126,7 +126,7 @@ class Notebook:
         if reply["content"]["status"] != "ok": raise RuntimeError("\n".join(reply["content"]["traceback"]))
         return "".join(out).strip()
 
-    def wait_python(self, expression, seconds=20):
+    def wait_python(self, expression, seconds=8):
         "Until an expression is true in the kernel: messages take their time."
         until = time.time() + seconds
         while time.time() < until:
