@@ -141,11 +141,13 @@ function render({ model, el }) {
     seekVideo(state.t); video.play().catch(() => {}); startSound();
     send({ playing: true, time_s: state.t }); refresh();
   };
-  const pause = () => {
+  const pause = (told = false) => {
     if (!state.playing) return;
     state.t = clamp(now(), 0, dur); state.playing = false;
     video.pause(); seekVideo(state.t); sound.stop(); delete root.dataset.heard;
-    send({ playing: false, time_s: state.t }); refresh();
+    // Python may be about to say where: `b.playing = False; b.time_s = 0.` are two messages, and an answer to the first would undo the second
+    if (told) setTimeout(() => { if (alive && !state.playing) send({ time_s: state.t }); }, 200); else send({ playing: false, time_s: state.t });
+    refresh();
   };
   const jump = (t, final = true) => { // scrubbing: nothing goes to the kernel until the hand is lifted
     state.t = clamp(t, 0, dur);
@@ -298,7 +300,7 @@ function render({ model, el }) {
   // -- Python
   const told = {
     time_s: () => { const t = model.get("time_s"); if (Math.abs(t - lastSent) > 1e-3) { lastSent = t; jump(t, false); if (state.playing) startSound(); } },
-    playing: () => { const p = model.get("playing"); if (p !== state.playing) p ? start() : pause(); },
+    playing: () => { const p = model.get("playing"); if (p !== state.playing) p ? start() : pause(true); },
     region: () => { if (String(model.get("region")) !== String(state.region)) setRegion(model.get("region")); },
     span: () => { if (String(model.get("span")) !== String(state.span)) { setSpan(model.get("span")); if (state.span) jump(state.span[0], false); } },
     head: () => { headRow.show(head()); recompute(); },
