@@ -149,6 +149,10 @@ def test_python_stops_it_where_it_says(clip):
         clip.page.wait_for_timeout(600)                    # whatever is on its way has come
         page, kernel = js(clip, "root.avnb.time()"), float(clip.python("print(b.time_s)"))
         assert abs(page - kernel) < 1e-6 and abs(page - 1.5) < near, (code, page, kernel)
+    for order in (["playing", "time_s"], ["time_s", "playing"]):   # of one message: ipywidgets holds a set
+        fresh(clip)
+        clip.python(f"with b.hold_sync():\n    b.playing, b.time_s = True, 6.\n    b._states_to_send = {order}"); until(clip, "root.avnb.time() > 6", seconds=4)
+        clip.python("b.playing = False")
 
 
 @needs_chromium
@@ -307,8 +311,12 @@ def test_cells_runs_and_protocols(probes):
     listed = int(n.page.locator(f"{PROBES} .avnb-listed .avnb-neighbour").first.get_attribute("data-row"))
     assert n.python(f"print(p.gallery.rows['label'][{listed}], p.gallery.rows['prediction'][{listed}])") == f"{is_} {called}"
     assert n.page.locator(f"{PROBES} .avnb-figures .avnb-row").count() > 30 and "before (B3)" in n.page.locator(f"{PROBES} .avnb-rules").inner_text()
+    heard = n.python("p.chosen = next(i for i, k in enumerate(p.gallery.rows['language']) if k == 'ja'); print(p.row['id'])")
+    until(n, f"root.querySelector('.avnb-still').dataset.id === '{heard}'", PROBES); n.page.locator(f"{PROBES} .avnb-again").click()
+    until(n, "root.dataset.played && root.avnb.level() > .005", PROBES, seconds=20)
     n.page.locator(f"{PROBES} select[aria-label=run]").select_option("random init")
     assert n.wait_python("p.run == 'random init' and p.gallery.name == 'random init'")
+    until(n, "!root.dataset.played && root.avnb.level() === 0", PROBES)   # row numbers are of a gallery: what is heard was another's
     n.page.locator(f"{PROBES} select[aria-label=protocol]").select_option("background")
     assert n.wait_python("p.protocol == 'background'")
     n.python("p.run, p.colour_by = 'B5', 'language'")
@@ -324,6 +332,7 @@ def test_dubs_play(probes):
     assert n.wait_python("d.track == 'fr'")
     other = n.python("d.scene = d.facts['scenes'][5][0]; print(d.scene)")
     until(n, f"root.dataset.scene === '{other}'", ".avnb-dubs")
+    assert js(n, "[root.dataset.played ?? null, root.avnb.level()]", ".avnb-dubs") == [None, 0]   # the old scene is not heard under the new one
     n.page.locator(".avnb-dubs select").select_option(index=2)
     assert n.wait_python("d.scene == d.facts['scenes'][2][0]")
 

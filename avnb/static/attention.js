@@ -300,7 +300,7 @@ function render({ model, el }) {
   // -- Python
   const told = {
     time_s: () => { const t = model.get("time_s"); if (Math.abs(t - lastSent) > 1e-3) { lastSent = t; jump(t, false); if (state.playing) startSound(); } },
-    playing: () => { const p = model.get("playing"); if (p !== state.playing) p ? start() : pause(true); },
+    playing: () => { told.time_s(); const p = model.get("playing"); if (p !== state.playing) p ? start() : pause(true); }, // both may come in one message: `with b.hold_sync():`
     region: () => { if (String(model.get("region")) !== String(state.region)) setRegion(model.get("region")); },
     span: () => { if (String(model.get("span")) !== String(state.span)) { setSpan(model.get("span")); if (state.span) jump(state.span[0], false); } },
     head: () => { headRow.show(head()); recompute(); },

@@ -6,7 +6,7 @@ function render({ model, el }) {
   const facts = model.get("facts");
   const set = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); model.save_changes(); };
   const still = make("img", { class: "avnb-still", alt: "" }), movie = make("video", { class: "avnb-film", playsinline: true, "aria-hidden": "true" }); movie.muted = true; movie.hidden = true;
-  const pick = make("select", { "aria-label": "scene", onchange: () => { const scene = pick.value; stop(); set({ scene }); show(); } }, ...facts.scenes.map(([id, text]) => make("option", { value: id, text })));
+  const pick = make("select", { "aria-label": "scene", onchange: () => set({ scene: pick.value }) }, ...facts.scenes.map(([id, text]) => make("option", { value: id, text })));
   const tracks = make("div", { class: "avnb-tracks", role: "group", "aria-label": "tracks" }), panels = make("div", { class: "avnb-panels" }), bars = make("div", { class: "avnb-bars" });
   const said = make("div", { class: "avnb-said", role: "status", "aria-live": "polite" });
   const root = make("div", { class: "avnb avnb-dubs", role: "group", "aria-label": "dub browser" },
@@ -48,11 +48,12 @@ function render({ model, el }) {
     if (b) sound.decode(b).then((x) => (asked === message.track ? sound.start(x, () => 0, stop) : null)).catch((e) => { said.textContent = `This browser cannot play the sound: ${e.message}`; });
   };
   model.on("msg:custom", onMessage);
-  for (const k of ["distances", "scene", "means"]) model.on(`change:${k}`, show);
+  const told = { scene: stop, distances: show, means: show }; // another scene, whoever chose it: the old one's sound ends
+  for (const [k, f] of Object.entries(told)) model.on(`change:${k}`, f);
   ownKeys(root, { Escape: stop });
   root.avnb = { level: () => sound.level() };
   show(); root.dataset.drawn = "1";
-  return () => { sound.close(); movie.pause(); model.off("msg:custom", onMessage); for (const k of ["distances", "scene", "means"]) model.off(`change:${k}`, show); };
+  return () => { sound.close(); movie.pause(); model.off("msg:custom", onMessage); for (const [k, f] of Object.entries(told)) model.off(`change:${k}`, f); };
 }
 
 export default { render };

@@ -104,8 +104,9 @@ function render({ model, el }) {
 
   // -- a row
   const choose = (i, play) => { model.set("chosen", i); model.save_changes(); showChosen(); if (play) ask(i); };
+  const hush = () => { played = -1; sound.stop(); film.pause(); film.removeAttribute("src"); film.hidden = true; delete root.dataset.played; };
   const ask = (i) => {
-    played = i; sound.stop(); film.pause(); film.removeAttribute("src"); film.hidden = true;
+    hush(); played = i;
     if (!facts.media) { tell("Nothing to play: this gallery was given without media."); return; }
     tell(`fetching ${rows().id[i]}, ${named(i)} …`); model.send({ ask: "play", row: i });
   };
@@ -204,7 +205,7 @@ function render({ model, el }) {
   const step = (way) => { const all = shown(); if (!all.length) return; const at = all.indexOf(model.get("chosen")); choose(all[(at + way + all.length) % all.length], false); };
   ownKeys(root, { ArrowLeft: () => step(-1), ArrowRight: () => step(1), space: () => { if (model.get("chosen") >= 0) ask(model.get("chosen")); }, Escape: () => { picked = cellOf = null; choose(-1, false); refresh(); } });
   const told = {
-    facts: () => { facts = model.get("facts"); picked = cellOf = null; refresh(); }, xy: () => { xy = bytesOf(model.get("xy"), Float32Array); dirty = true; },
+    facts: () => { facts = model.get("facts"); picked = cellOf = null; hush(); refresh(); }, xy: () => { xy = bytesOf(model.get("xy"), Float32Array); dirty = true; },
     protocol: () => { picked = cellOf = null; refresh(); }, split: () => { picked = cellOf = null; refresh(); }, colour_by: () => { picked = null; refresh(); },
     run: () => run.fill(model.get("runs").map((r) => [r, r]), model.get("run")), chosen: showChosen, neighbours: showChosen,
   };
