@@ -59,7 +59,9 @@ def js(n, code, selector=ATTENTION): return n.page.locator(selector).first.evalu
 
 def until(n, code, selector=ATTENTION, seconds=8):
     "Until the page says so: no sleep is long enough on a machine that does something else, and most are too long on one that does not."
-    n.page.wait_for_function(f"(() => {{ const root = document.querySelector('{selector}'); return {code}; }})()", timeout=1000*seconds)
+    from playwright.sync_api import TimeoutError
+    try: n.page.wait_for_function(f"(() => {{ const root = document.querySelector('{selector}'); return {code}; }})()", timeout=1000*seconds)
+    except TimeoutError: raise AssertionError(f"not so after {seconds} s: {code}\nthere: {js(n, '[{...root.dataset}, root.avnb.time?.(), root.innerText]', selector)}") from None
 
 def frames(n, selector=ATTENTION): js(n, "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))", selector)
 
@@ -147,12 +149,13 @@ def test_python_stops_it_where_it_says(clip):
         clip.python("b.playing = True"); until(clip, "root.avnb.time() > .2")
         clip.python(code); until(clip, "root.querySelector('.avnb-play').ariaLabel === 'play'")
         clip.page.wait_for_timeout(600)                    # whatever is on its way has come
-        page, kernel = js(clip, "root.avnb.time()"), float(clip.python("print(b.time_s)"))
-        assert abs(page - kernel) < 1e-6 and abs(page - 1.5) < near, (code, page, kernel)
+        page = js(clip, "root.avnb.time()")
+        assert abs(page - 1.5) < near and clip.wait_python(f"abs(b.time_s - {page!r}) < 1e-6"), (code, page, clip.python("print(b.time_s)"))
     for order in (["playing", "time_s"], ["time_s", "playing"]):   # of one message: ipywidgets holds a set
         fresh(clip)
         clip.python(f"with b.hold_sync():\n    b.playing, b.time_s = True, 6.\n    b._states_to_send = {order}"); until(clip, "root.avnb.time() > 6", seconds=4)
-        clip.python("b.playing = False")
+        clip.python("b.playing = False"); until(clip, "root.querySelector('.avnb-play').ariaLabel === 'play'")
+        assert clip.wait_python("abs(b.time_s - %r) < 1e-6" % js(clip, "root.avnb.time()"))   # the page has told where it stopped, and will tell no more
 
 
 @needs_chromium
