@@ -136,7 +136,8 @@ def test_heat_follows_the_sound(clip):
     for o in looks: assert np.abs(np.array(o["map"]) - heat[o["token"]].ravel()).max() <= .51*step
     silent = [o for o in looks if not heat[o["token"]].any()]
     assert all(o["sum"] == 0 for o in silent)
-    for o in {o["sum"]: o for o in looks}.values():
+    shown = list({o["sum"]: o for o in looks}.values())
+    for o in shown[::max(1, len(shown)//8)]:
         clip.python(f"b.time_s = {(o['token'] + .5)/50}"); until(clip, f"root.dataset.token === '{o['token']}'")
         assert pixels(clip) == o["sum"]
 
