@@ -45,7 +45,7 @@ class _Probed(anywidget.AnyWidget):
         if not -1 <= new["value"] < n: raise ValueError(f"chosen={new['value']}: rows go from 0 to {n - 1}, and -1 is none.")
         return new["value"]
 
-# %% ../nbs/60_widgets.ipynb #5900ab5c
+# %% ../nbs/60_widgets.ipynb #285cadf0
 class ProbeBrowser(_Probed):
     "Walk through what a run's embeddings know: map, neighbours, confusions, figures."
     _esm, _css = front("probes"), look()
@@ -59,6 +59,7 @@ class ProbeBrowser(_Probed):
         super().__init__(runs=list(self.galleries), **_sent(self.galleries[run]))
         self.run = run
         self._first(); self.observe(self._other_run, "run"); self.observe(self._row_chosen, ["chosen", "protocol", "split"])
+        self.observe(lambda _: self.set_trait("cell", None), ["run", "protocol", "split"]) # a cell is of one matrix
         for k, v in state.items(): setattr(self, k, v)
         self.on_msg(_answer)
 
@@ -81,7 +82,7 @@ class ProbeBrowser(_Probed):
         if was[2] < len(self.gallery): self.chosen = was[2]
     def _row_chosen(self, _): self.neighbours = neighbours(self.gallery, self.chosen) if self.chosen >= 0 else []
 
-# %% ../nbs/60_widgets.ipynb #35600063
+# %% ../nbs/60_widgets.ipynb #301c9d4d
 def _sent(g):
     "A gallery as it travels to a page, less its embeddings."
     xy, share = plane(g)
@@ -103,12 +104,13 @@ def _reply(made):
 def _answer(self, asked, _):
     "A thumbnail or a clip, for a page that asked."
     if not isinstance(asked, dict) or asked.get("ask") not in ("thumb", "play"): return
-    i = int(asked["row"]); row = self.gallery.row(i)
+    i = int(asked["row"])
     try:
+        row = self.gallery.row(i)
         if asked["ask"] == "thumb": self.send({"kind": "thumb", "row": i, "id": row["id"]}, [self.gallery.media.thumb(row)]); return
         parts, buffers = _reply(self.gallery.media.play(row))
         self.send({"kind": "play", "row": i, "parts": parts}, buffers)
-    except (OSError, ValueError) as e: self.send({"kind": asked["ask"], "row": i, "missing": str(e)})
+    except Exception as e: self.send({"kind": asked["ask"], "row": i, "missing": str(e) or repr(e)}) # whatever it is, it is told where a person looks: a page shows no traceback
 
 # %% ../nbs/60_widgets.ipynb #ceee4d7d
 @patch
@@ -187,7 +189,7 @@ class DubBrowser(anywidget.AnyWidget):
         self.distances = {name: d[n].round(4).tolist() for name, (_, _, d) in self.found.items()}
         self.means = {name: [_mean_apart(d[n], langs), _mean_apart(d, langs)] for name, (_, langs, d) in self.found.items()} # of this scene, of all
 
-# %% ../nbs/60_widgets.ipynb #4cfd8b54
+# %% ../nbs/60_widgets.ipynb #388695d2
 def _dub_answer(self, asked, _):
     "A track, for a page that asked."
     if not isinstance(asked, dict) or asked.get("ask") != "play": return
@@ -196,4 +198,4 @@ def _dub_answer(self, asked, _):
         if g.media is None: raise ValueError("Nothing to play: the gallery was given without media.")
         parts, buffers = _reply(g.media.play(g.row(self.tracks[asked["scene"]][asked["track"]])))
         self.send({"scene": asked["scene"], "track": asked["track"], "parts": parts}, buffers)
-    except (OSError, ValueError) as e: self.send({"missing": str(e)})
+    except Exception as e: self.send({"missing": str(e) or repr(e)})

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -143,15 +144,35 @@ def test_heat_follows_the_sound(clip):
 
 
 @needs_chromium
+def test_sound_plays_on(clip):
+    "While it plays the page tells Python the time, twice a second, and the sound does not begin anew for that."
+    fresh(clip)
+    js(clip, "{ const P = AudioBufferSourceNode.prototype, start = P.start; window.starts = 0; P.start = function (...a) { window.starts += 1; return start.apply(this, a); }; window.starts; }")
+    part(clip, ".avnb-play").click()
+    until(clip, "root.avnb.time() > 2.2", seconds=20)
+    assert clip.wait_python("b.playing and b.time_s > 1")
+    assert js(clip, "window.starts") == 1
+    part(clip, ".avnb-play").click()
+    assert clip.wait_python("not b.playing")
+
+
+@needs_chromium
 def test_python_stops_it_where_it_says(clip):
     "What Python says last holds on both sides, though the page has a time of its own to tell when it stops."
-    for code, near in (("b.playing = False; b.time_s = 1.5", 1e-6), ("with b.hold_sync(): b.playing, b.time_s = False, 1.5", .01), ("b.time_s = 1.5; b.playing = False", .4)):  # the last plays on from there until it is stopped
+    for code in ("b.playing = False; b.time_s = 1.5", "with b.hold_sync(): b.playing, b.time_s = False, 1.5", "b.time_s = 1.5; b.playing = False"):
         fresh(clip)
         clip.python("b.playing = True"); until(clip, "root.avnb.time() > .2")
+        begun = time.monotonic()
         clip.python(code); until(clip, "root.querySelector('.avnb-play').ariaLabel === 'play'")
+        near = time.monotonic() - begun if code.endswith("False") else 1e-6   # it plays on from there until it is stopped
         clip.page.wait_for_timeout(600)                    # whatever is on its way has come
         page = js(clip, "root.avnb.time()")
-        assert abs(page - 1.5) < near and clip.wait_python(f"abs(b.time_s - {page!r}) < 1e-6"), (code, page, clip.python("print(b.time_s)"))
+        assert -1e-6 < page - 1.5 < near and clip.wait_python(f"abs(b.time_s - {page!r}) < 1e-6"), (code, page, clip.python("print(b.time_s)"))
+    fresh(clip)
+    clip.python("b.playing = True"); until(clip, "root.avnb.time() > .2")
+    clip.python("import time; time.sleep(1.7); b.playing = False; b.time_s = 5.")   # busy, while the page tells it the time
+    clip.page.wait_for_timeout(1000)
+    assert js(clip, "root.avnb.time()") == 5 and clip.wait_python("b.time_s == 5 and not b.playing")
     for order in (["playing", "time_s"], ["time_s", "playing"]):   # of one message: ipywidgets holds a set
         fresh(clip)
         clip.python(f"with b.hold_sync():\n    b.playing, b.time_s = True, 6.\n    b._states_to_send = {order}"); until(clip, "root.avnb.time() > 6", seconds=4)
@@ -163,15 +184,22 @@ def test_python_stops_it_where_it_says(clip):
 def test_click_answers_when_it_sounds(clip, truth):
     fresh(clip)
     for label, name in ((1, "dog"), (2, "siren")):
+        before = clip.python("print(b.region)")
         click_picture(clip, *middle(truth, label))
         curve = np.max([c["y"] for c in js(clip, "root.avnb.curves()")], 0)
         peak = (curve.argmax() + .5)/50
         assert any(a - .1 <= peak <= b + .1 for a, b, n in truth["spans"] if n == name), (name, peak)
-        assert clip.wait_python("b.region is not None")
+        assert clip.wait_python(f"b.region is not None and str(b.region) != {before!r}")
     # what the page computes from bytes is what Python computes from the arrays, to half a step a place
     clip.python("b.head = b.clip.heads[0]"); until(clip, "root.avnb.curves().length === 1")
     exact, step = json.loads(clip.python("import json; print(json.dumps([b.curve().tolist(), b.facts['step']]))"))
     assert np.abs(np.array(js(clip, "root.avnb.curves()")[0]["y"]) - exact).max() <= .51*step
+    # a hand that goes straight down still marks a region
+    part(clip, ".avnb-stage").scroll_into_view_if_needed()
+    box = part(clip, ".avnb-stage").bounding_box()
+    x, y = round(box["x"] + .3*box["width"]), box["y"] + .3*box["height"]
+    clip.page.mouse.move(x, y); clip.page.mouse.down(); clip.page.mouse.move(x, y + .4*box["height"], steps=4); clip.page.mouse.up()
+    assert clip.wait_python("b.region is not None and b.region[2] - b.region[0] > 1/15 and b.region[3] - b.region[1] > .4")
 
 
 @needs_chromium
@@ -195,7 +223,7 @@ def test_brush_shows_where(clip, truth):
 @needs_chromium
 def test_track_changes_what_is_heard(clip, truth):
     fresh(clip)
-    a, b, _ = truth["words"]["en"][0]
+    a, b, _ = truth["words"]["en"][1]   # nothing else sounds near it
     heard = {}
     for language in ("en", "zxx"):
         part(clip, f'button[data-value="{language}"]').click()
@@ -254,6 +282,7 @@ def test_python_and_page_agree(clip):
     fresh(clip)
     clip.python("b.time_s, b.region, b.span, b.opacity, b.language, b.head = 4.25, (.25, .5, .5, .75), (4., 5.), .35, 'fr', b.clip.heads[1]")
     until(clip, "root.querySelector('.avnb-clock').textContent === 'mean 4.00 to 5.00 s' && root.avnb.curves().length === 1")   # head, the last of them, has come
+    assert clip.wait_python("b.time_s == 4.")   # a span begins at its begin, on both sides
     seen = js(clip, "({ box: root.querySelector('.avnb-region').style.cssText, hidden: root.querySelector('.avnb-region').hidden, clock: root.querySelector('.avnb-clock').textContent, opacity: root.querySelector('.avnb-opacity input').value, pressed: [...root.querySelectorAll('.avnb-choices [aria-pressed=true]')].map(b => b.dataset.value) })")
     assert not seen["hidden"] and "left: 25%" in seen["box"] and "width: 25%" in seen["box"]
     assert seen["clock"] == "mean 4.00 to 5.00 s" and seen["opacity"] == "0.35"
@@ -298,6 +327,9 @@ def test_probes_sound_and_neighbour(probes):
     wanted = int(other.get_attribute("data-row"))
     other.click()
     assert wanted != row and n.wait_python(f"p.chosen == {wanted}")
+    n.page.wait_for_function(f"document.querySelector('{PROBES}').dataset.played", timeout=20_000)
+    n.python(f"p.chosen = {row}")
+    until(n, "!root.dataset.played && root.avnb.film.hidden && root.avnb.level() === 0", PROBES)   # another row is shown, and the last one is not heard
 
 
 @needs_chromium
@@ -315,8 +347,12 @@ def test_cells_runs_and_protocols(probes):
     listed = int(n.page.locator(f"{PROBES} .avnb-listed .avnb-neighbour").first.get_attribute("data-row"))
     assert n.python(f"print(p.gallery.rows['label'][{listed}], p.gallery.rows['prediction'][{listed}])") == f"{is_} {called}"
     assert n.page.locator(f"{PROBES} .avnb-figures .avnb-row").count() > 30 and "before (B3)" in n.page.locator(f"{PROBES} .avnb-rules").inner_text()
+    for code, wanted in (("None", 0), (f"({is_!r}, {called!r})", count)):   # Python may choose a cell, too
+        n.python(f"p.cell = {code}"); until(n, f"root.querySelectorAll('.avnb-listed .avnb-neighbour').length === {wanted}", PROBES)
+    n.python("p.split = 'train'; p.split = 'test'"); until(n, "!root.querySelector('.avnb-listed .avnb-neighbour')", PROBES)
+    assert n.python("print(p.cell)") == "None"
     heard = n.python("p.chosen = next(i for i, k in enumerate(p.gallery.rows['language']) if k == 'ja'); print(p.row['id'])")
-    until(n, f"root.querySelector('.avnb-still').dataset.id === '{heard}'", PROBES); n.page.locator(f"{PROBES} .avnb-again").click()
+    until(n, f"root.querySelector('.avnb-still').dataset.id === '{heard}' && root.querySelector('.avnb-chosen').innerText.includes('Japanese')", PROBES); n.page.locator(f"{PROBES} .avnb-again").click()
     until(n, "root.dataset.played && root.avnb.level() > .005", PROBES, seconds=20)
     n.page.locator(f"{PROBES} select[aria-label=run]").select_option("random init")
     assert n.wait_python("p.run == 'random init' and p.gallery.name == 'random init'")

@@ -87,7 +87,7 @@ function render({ model, el }) {
   const state = { t: clamp(model.get("time_s"), 0, dur), playing: false, shown: true, region: null, span: null, begun: 0, from: 0, hover: null, curves: [], still: true };
   const language = () => Math.max(0, languages.indexOf(model.get("language"))), head = () => model.get("head");
   const sound = speaker(), buffers = languages.map(() => null);
-  let dirty = true, ink = null, alive = true, lastSent = state.t, lastSave = 0, drawn = false;
+  let dirty = true, ink = null, alive = true, lastSent = state.t, lastAsked = -1e9, lastSave = 0, drawn = false, telling = false;
 
   // -- the parts
   const video = make("video", { class: "avnb-video", playsinline: true, preload: "auto", "aria-hidden": "true" });
@@ -122,7 +122,15 @@ function render({ model, el }) {
 
   // -- state that a person, the clock or Python changes
   const now = () => (state.playing ? state.from + (performance.now() - state.begun) / 1000 : state.t);
-  const send = (values) => { for (const [k, v] of Object.entries(values)) model.set(k, v); lastSent = model.get("time_s"); lastSave = performance.now(); model.save_changes(); };
+  const send = (values) => { // what is set here is heard here, too: `told` is for what Python says
+    telling = true;
+    try { for (const [k, v] of Object.entries(values)) model.set(k, v); } finally { telling = false; }
+    if ("time_s" in values) { lastSent = values.time_s; lastSave = performance.now(); }
+    model.save_changes();
+  };
+  const reported = [];
+  const report = (t) => { reported.push(t); if (reported.length > 64) reported.shift(); send({ time_s: t }); }; // the clock's word, which nobody asked for
+  const settle = () => setTimeout(() => { if (alive && !state.playing && state.t !== model.get("time_s")) send({ time_s: state.t }); }, 200);
   const token = (t) => clamp(Math.floor(t * hz + 1e-6), 0, maps.T - 1);
   const spanTokens = () => { const a = token(state.span[0]); return [a, clamp(Math.ceil(state.span[1] * hz - 1e-6), a + 1, maps.T)]; };
   const seekVideo = (t) => { if (Math.abs(video.currentTime - t) > 0.004) video.currentTime = Math.min(t, Math.max(0, (video.duration || dur) - 0.001)); };
@@ -131,7 +139,7 @@ function render({ model, el }) {
     const i = language();
     try {
       const decoded = await buffer(i);
-      if (state.playing && i === language()) { await sound.start(decoded, now); root.dataset.heard = languages[i]; }
+      if (state.playing && i === language()) { await sound.start(decoded, now); if (state.playing && i === language()) root.dataset.heard = languages[i]; }
     } catch (error) { tell(`This browser cannot play the sound: ${error.message}`); }
   };
   const start = () => {
@@ -146,7 +154,7 @@ function render({ model, el }) {
     state.t = clamp(now(), 0, dur); state.playing = false;
     video.pause(); seekVideo(state.t); sound.stop(); delete root.dataset.heard;
     // Python may be about to say where: `b.playing = False; b.time_s = 0.` are two messages, and an answer to the first would undo the second
-    if (told) setTimeout(() => { if (alive && !state.playing) send({ time_s: state.t }); }, 200); else send({ playing: false, time_s: state.t });
+    if (told) settle(); else send({ playing: false, time_s: state.t });
     refresh();
   };
   const jump = (t, final = true) => { // scrubbing: nothing goes to the kernel until the hand is lifted
@@ -242,16 +250,15 @@ function render({ model, el }) {
   const draw = () => {
     if (!alive) return;
     requestAnimationFrame(draw);
-    if (!root.isConnected || !root.clientWidth) return;
     let t = now();
     if (state.playing) {
       const end = state.span ? state.span[1] : dur;
       if (t >= end) { if (state.span) { jump(state.span[0]); t = state.t; } else { pause(); t = state.t = dur; send({ time_s: dur }); } }
       else if (Math.abs(video.currentTime - t) > 0.15 && !video.seeking) video.currentTime = t;
-      if (performance.now() - lastSave > 500) send({ time_s: t });
+      if (performance.now() - lastSave > 500) report(t);
       dirty = true;
     }
-    if (!dirty && ink) return;
+    if (!root.isConnected || !root.clientWidth || (!dirty && ink)) return; // a tab that is not looked at keeps its time, too
     ink = ink && !state.themed ? ink : inks(root);
     if (state.themed !== false) { state.themed = false; colourBar(bar, colours, vmax, model.get("opacity"), ink); refresh(); }
     const still = state.span && !state.playing, [a, b] = still ? spanTokens() : [token(t), token(t) + 1];
@@ -286,7 +293,7 @@ function render({ model, el }) {
     target.onpointermove = move; target.onpointerup = target.onpointercancel = stop;
   });
   let from = null, held = 0;
-  const reach = (e) => { const [x, y] = inside(e, stage); return Math.hypot(x - from[0], y - from[1]) < 0.03 ? cell(from) : [Math.min(x, from[0]), Math.min(y, from[1]), Math.max(x, from[0]), Math.max(y, from[1])]; };
+  const reach = (e) => { const [x, y] = inside(e, stage), [x0, y0, x1, y1] = cell(from); return Math.hypot(x - from[0], y - from[1]) < 0.03 ? cell(from) : [Math.min(x, x0), Math.min(y, y0), Math.max(x, x1), Math.max(y, y1)]; }; // never thinner than a place
   const peek = (e) => { const [x, y] = inside(e, stage); if (state.map) stage.title = `similarity ${minus(state.map[Math.min(Math.floor(y * maps.h), maps.h - 1) * maps.w + Math.min(Math.floor(x * maps.w), maps.w - 1)].toFixed(2))}`; };
   stage.onpointermove = peek;
   dragging(stage, (e) => { from = inside(e, stage); stage.focus({ preventScroll: true }); setRegion(cell(from)); }, (e) => setRegion(reach(e)), (e) => { setRegion(reach(e)); send({ region: state.region }); });
@@ -299,15 +306,22 @@ function render({ model, el }) {
 
   // -- Python
   const told = {
-    time_s: () => { const t = model.get("time_s"); if (Math.abs(t - lastSent) > 1e-3) { lastSent = t; jump(t, false); if (state.playing) startSound(); } },
-    playing: () => { told.time_s(); const p = model.get("playing"); if (p !== state.playing) p ? start() : pause(true); }, // both may come in one message: `with b.hold_sync():`
+    time_s: () => {
+      const t = model.get("time_s");
+      if (Math.abs(t - lastSent) <= 1e-3) return;
+      lastSent = t;
+      // a kernel that was busy hears the clock's word after it has said its own, and sends it back: its own holds
+      if (reported.includes(t) && performance.now() - lastAsked < 1000) setTimeout(() => { if (alive) report(clamp(now(), 0, dur)); });
+      else if (!state.playing || Math.abs(t - now()) > 0.1) { lastAsked = performance.now(); jump(t, false); if (state.playing) startSound(); } // nearer than that: another view of this browser plays along
+    },
+    playing: () => { const p = model.get("playing"); if (!p) pause(true); told.time_s(); if (p) start(); }, // both may come in one message: `with b.hold_sync():`
     region: () => { if (String(model.get("region")) !== String(state.region)) setRegion(model.get("region")); },
-    span: () => { if (String(model.get("span")) !== String(state.span)) { setSpan(model.get("span")); if (state.span) jump(state.span[0], false); } },
+    span: () => { if (String(model.get("span")) !== String(state.span)) { setSpan(model.get("span")); if (state.span) { jump(state.span[0], false); settle(); } } },
     head: () => { headRow.show(head()); recompute(); },
     language: () => { trackRow.show(model.get("language")); recompute(); if (state.playing) startSound(); },
     opacity: () => { opacity.value = model.get("opacity"); state.themed = true; dirty = true; },
   };
-  for (const [k, f] of Object.entries(told)) model.on(`change:${k}`, f);
+  for (const [k, f] of Object.entries(told)) { told[k] = () => { if (!telling) f(); }; model.on(`change:${k}`, told[k]); }
   state.region = model.get("region"); state.span = model.get("span");
   video.addEventListener("loadeddata", () => { seekVideo(now()); dirty = true; });
   video.addEventListener("error", () => tell(`This browser cannot show the picture (H.264 in mp4): ${video.error?.message || "no decoder"}`));

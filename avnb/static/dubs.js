@@ -40,7 +40,7 @@ function render({ model, el }) {
     root.dataset.scene = model.get("scene");
   };
   const onMessage = (message, buffers) => {
-    if (message.missing) { said.textContent = message.missing; return; }
+    if (message.missing) { asked = null; show(); said.textContent = message.missing; return; }
     if (message.track !== asked || message.scene !== model.get("scene")) return;
     const [a, b] = message.parts.map((p) => (p === null ? null : bytesOf(buffers[p])));
     if (a) { if (film) URL.revokeObjectURL(film); film = movie.src = URL.createObjectURL(new Blob([a], { type: "video/mp4" })); movie.hidden = false; movie.play().catch(() => {}); }

@@ -87,7 +87,7 @@ function render({ model, el }) {
   const drawKey = () => {
     const list = groups(), by = model.get("colour_by");
     const text = (g) => (by === "language" ? (g === "film" ? "film" : LANGUAGE(g, facts.names)) : g);
-    key.replaceChildren(...list.filter((g) => by !== "error" || shown().some((i) => groupOf(i) === g)).map((g) => { const b = make("button", { type: "button", class: "avnb-chip", text: text(g), title: "show these alone", onclick: () => { picked = picked?.group === g ? null : Object.assign((i) => groupOf(i) === g, { group: g }); refresh(); } }); b.style.setProperty("--c", hue(g, list)); b.setAttribute("aria-pressed", String(picked?.group === g)); return b; }),
+    key.replaceChildren(...list.filter((g) => by !== "error" || shown().some((i) => groupOf(i) === g)).map((g) => { const b = make("button", { type: "button", class: "avnb-chip", text: text(g), title: "show these alone", onclick: () => { const alone = picked?.group !== g; chooseCell(null); if (alone) picked = Object.assign((i) => groupOf(i) === g, { group: g }); refresh(); } }); b.style.setProperty("--c", hue(g, list)); b.setAttribute("aria-pressed", String(picked?.group === g)); return b; }),
       ...kinds().map((m) => make("span", { class: "avnb-shape", text: `${{ circle: "●", square: "■", diamond: "◆", up: "▲", down: "▼", cross: "✚" }[SHAPES[kinds().indexOf(m) % SHAPES.length]]} ${m}` })));
   };
   const nearest = (e) => { const r = map.getBoundingClientRect(), x = e.clientX - r.left, y = e.clientY - r.top, { at } = box(); let best = -1, far = 14; for (const i of shown()) { if (picked && !picked(i)) continue; const [a, b] = at(i), d = Math.hypot(a - x, b - y); if (d < far) { far = d; best = i; } } return best; };
@@ -112,6 +112,7 @@ function render({ model, el }) {
   };
   const showChosen = () => {
     const i = model.get("chosen"), r = rows(); dirty = true;
+    if (played >= 0 && played !== i) hush(); // another row, whoever chose it
     again.hidden = i < 0;
     if (i < 0 || i >= N()) { head.replaceChildren(make("div", { class: "avnb-hint", text: "Click a row on the map: it plays, and what lies near it is listed here." })); still.removeAttribute("src"); film.hidden = true; near.replaceChildren(); return; }
     still.src = thumb(i); still.dataset.id = r.id[i]; still.alt = r.label[i];
@@ -127,6 +128,11 @@ function render({ model, el }) {
 
   // -- what is taken for what
   let cellOf = null;
+  const setCell = (cell) => {
+    cellOf = cell ? cell.join("\t") : null;
+    picked = cell ? Object.assign((i) => rows().label[i] === cell[0] && rows().prediction[i] === cell[1], { group: cellOf }) : null;
+  };
+  const chooseCell = (cell) => { setCell(cell); if (String(model.get("cell")) !== String(cell)) { model.set("cell", cell); model.save_changes(); } };
   const drawGrid = () => {
     const r = rows(), all = shown().filter((i) => r.prediction[i]);
     if (!all.length) { grid.replaceChildren(make("div", { class: "avnb-hint", text: "This run kept no predictions, so nothing can be taken for anything." })); listed.replaceChildren(); return; }
@@ -140,7 +146,7 @@ function render({ model, el }) {
       for (const b of names) {
         const list = count.get(`${a}\t${b}`) ?? [], f = list.length / (sums.get(a) || 1);
         const cell = make("button", { type: "button", class: `avnb-cell${a === b ? " diagonal" : ""}`, text: list.length || "", disabled: !list.length, title: `${list.length} of ${sums.get(a) ?? 0}: ${a} called ${b}`, "aria-label": `${list.length} of ${sums.get(a) ?? 0}: ${a} called ${b}`, "data-cell": `${a}\t${b}`,
-          onclick: () => { cellOf = cellOf === `${a}\t${b}` ? null : `${a}\t${b}`; picked = cellOf ? Object.assign((i) => r.label[i] === a && r.prediction[i] === b, { group: cellOf }) : null; model.set("cell", cellOf ? [a, b] : null); model.save_changes(); refresh(); } });
+          onclick: () => { chooseCell(cellOf === `${a}\t${b}` ? null : [a, b]); refresh(); } });
         cell.style.setProperty("--f", (a === b ? f : Math.min(1, f * 1.6)).toFixed(3)); cell.setAttribute("aria-pressed", String(cellOf === `${a}\t${b}`));
         body.append(cell);
       }
@@ -203,10 +209,11 @@ function render({ model, el }) {
   };
   model.on("msg:custom", onMessage);
   const step = (way) => { const all = shown(); if (!all.length) return; const at = all.indexOf(model.get("chosen")); choose(all[(at + way + all.length) % all.length], false); };
-  ownKeys(root, { ArrowLeft: () => step(-1), ArrowRight: () => step(1), space: () => { if (model.get("chosen") >= 0) ask(model.get("chosen")); }, Escape: () => { picked = cellOf = null; choose(-1, false); refresh(); } });
+  ownKeys(root, { ArrowLeft: () => step(-1), ArrowRight: () => step(1), space: () => { if (model.get("chosen") >= 0) ask(model.get("chosen")); }, Escape: () => { chooseCell(null); choose(-1, false); refresh(); } });
   const told = {
-    facts: () => { facts = model.get("facts"); picked = cellOf = null; hush(); refresh(); }, xy: () => { xy = bytesOf(model.get("xy"), Float32Array); dirty = true; },
-    protocol: () => { picked = cellOf = null; refresh(); }, split: () => { picked = cellOf = null; refresh(); }, colour_by: () => { picked = null; refresh(); },
+    facts: () => { facts = model.get("facts"); setCell(null); hush(); refresh(); }, xy: () => { xy = bytesOf(model.get("xy"), Float32Array); dirty = true; },
+    protocol: () => { setCell(null); refresh(); }, split: () => { setCell(null); refresh(); }, colour_by: () => { if (!cellOf) picked = null; refresh(); },
+    cell: () => { const cell = model.get("cell"); if ((cell ? cell.join("\t") : null) !== cellOf) { setCell(cell); refresh(); } },
     run: () => run.fill(model.get("runs").map((r) => [r, r]), model.get("run")), chosen: showChosen, neighbours: showChosen,
   };
   for (const [k, f] of Object.entries(told)) model.on(`change:${k}`, f);

@@ -68,7 +68,7 @@ const choices = (label, options, current, choose) => {
 
 // Sound by the Web Audio clock: one context a widget, one source at a time.
 const speaker = () => {
-  let context = null, source = null, meter = null;
+  let context = null, source = null, meter = null, closed = false;
   const open = () => {
     if (!context) {
       context = new (window.AudioContext || window.webkitAudioContext)();
@@ -78,10 +78,11 @@ const speaker = () => {
   };
   const stop = () => { if (source) { source.onended = null; try { source.stop(); } catch { /* it had ended */ } source.disconnect(); source = null; } };
   return {
-    decode: async (bytes) => open().decodeAudioData(bytes.slice().buffer),
+    decode: async (bytes) => (closed ? null : open().decodeAudioData(bytes.slice().buffer)),
     // `where()` is asked once the context runs, since a browser may hold it back until a person has clicked
     async start(buffer, where, ended) {
       stop();
+      if (closed) return; // the output was removed while this was decoded
       const asked = (source = open().createBufferSource());
       asked.buffer = buffer; asked.connect(meter);
       if (context.state !== "running") await context.resume();
@@ -95,7 +96,7 @@ const speaker = () => {
       const x = new Float32Array(meter.fftSize); meter.getFloatTimeDomainData(x);
       return Math.sqrt(x.reduce((s, v) => s + v * v, 0) / x.length);
     },
-    close() { stop(); context?.close(); context = null; },
+    close() { closed = true; stop(); context?.close(); context = null; },
   };
 };
 
