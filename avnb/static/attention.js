@@ -122,7 +122,7 @@ function render({ model, el }) {
 
   // -- state that a person, the clock or Python changes
   const now = () => (state.playing ? state.from + (performance.now() - state.begun) / 1000 : state.t);
-  const send = (values) => { // what is set here is heard here, too: `told` is for what Python says
+  const send = (values) => { // what is set here is heard here, too: `hear` is for what Python says
     telling = true;
     try { for (const [k, v] of Object.entries(values)) model.set(k, v); } finally { telling = false; }
     if ("time_s" in values) { lastSent = values.time_s; lastSave = performance.now(); }
@@ -130,7 +130,7 @@ function render({ model, el }) {
   };
   const reported = [];
   const report = (t) => { reported.push(t); if (reported.length > 64) reported.shift(); send({ time_s: t }); }; // the clock's word, which nobody asked for
-  const settle = () => setTimeout(() => { if (alive && !state.playing && state.t !== model.get("time_s")) send({ time_s: state.t }); }, 200);
+  const settle = (say) => setTimeout(() => { if (alive && !state.playing && state.t !== model.get("time_s")) say(state.t); }, 200);
   const token = (t) => clamp(Math.floor(t * hz + 1e-6), 0, maps.T - 1);
   const spanTokens = () => { const a = token(state.span[0]); return [a, clamp(Math.ceil(state.span[1] * hz - 1e-6), a + 1, maps.T)]; };
   const seekVideo = (t) => { if (Math.abs(video.currentTime - t) > 0.004) video.currentTime = Math.min(t, Math.max(0, (video.duration || dur) - 0.001)); };
@@ -154,7 +154,7 @@ function render({ model, el }) {
     state.t = clamp(now(), 0, dur); state.playing = false;
     video.pause(); seekVideo(state.t); sound.stop(); delete root.dataset.heard;
     // Python may be about to say where: `b.playing = False; b.time_s = 0.` are two messages, and an answer to the first would undo the second
-    if (told) settle(); else send({ playing: false, time_s: state.t });
+    if (told) settle(report); else send({ playing: false, time_s: state.t });
     refresh();
   };
   const jump = (t, final = true) => { // scrubbing: nothing goes to the kernel until the hand is lifted
@@ -305,23 +305,28 @@ function render({ model, el }) {
   ownKeys(root, { space: () => play.onclick(), ArrowLeft: (e) => step(e, -1), ArrowRight: (e) => step(e, 1), Home: () => jump(0), End: () => jump(dur), h: () => eye.onclick(), Escape: clear });
 
   // -- Python
-  const told = {
-    time_s: () => {
+  const go = (t) => { jump(t, false); if (state.playing) startSound(); };
+  const deaf = hear(model, [
+    ["playing", () => { if (!model.get("playing")) pause(true); }], // first, so that a time beside it is where it stands
+    ["region", () => { if (String(model.get("region")) !== String(state.region)) setRegion(model.get("region")); }],
+    ["head", () => { headRow.show(head()); recompute(); }],
+    ["language", () => { trackRow.show(model.get("language")); recompute(); if (state.playing) startSound(); }],
+    ["opacity", () => { opacity.value = model.get("opacity"); state.themed = true; dirty = true; }],
+    ["span", (all) => {
+      if (String(model.get("span")) === String(state.span)) return;
+      setSpan(model.get("span"));
+      if (state.span && !all.has("time_s")) { go(state.span[0]); settle((t) => send({ time_s: t })); }
+    }],
+    ["time_s", () => {
       const t = model.get("time_s");
       if (Math.abs(t - lastSent) <= 1e-3) return;
       lastSent = t;
       // a kernel that was busy hears the clock's word after it has said its own, and sends it back: its own holds
       if (reported.includes(t) && performance.now() - lastAsked < 1000) setTimeout(() => { if (alive) report(clamp(now(), 0, dur)); });
-      else if (!state.playing || Math.abs(t - now()) > 0.1) { lastAsked = performance.now(); jump(t, false); if (state.playing) startSound(); } // nearer than that: another view of this browser plays along
-    },
-    playing: () => { const p = model.get("playing"); if (!p) pause(true); told.time_s(); if (p) start(); }, // both may come in one message: `with b.hold_sync():`
-    region: () => { if (String(model.get("region")) !== String(state.region)) setRegion(model.get("region")); },
-    span: () => { if (String(model.get("span")) !== String(state.span)) { setSpan(model.get("span")); if (state.span) { jump(state.span[0], false); settle(); } } },
-    head: () => { headRow.show(head()); recompute(); },
-    language: () => { trackRow.show(model.get("language")); recompute(); if (state.playing) startSound(); },
-    opacity: () => { opacity.value = model.get("opacity"); state.themed = true; dirty = true; },
-  };
-  for (const [k, f] of Object.entries(told)) { told[k] = () => { if (!telling) f(); }; model.on(`change:${k}`, told[k]); }
+      else if (!state.playing || Math.abs(t - now()) > 0.1) { lastAsked = performance.now(); go(t); } // nearer than that: another view of this browser plays along
+    }],
+    ["playing", () => { if (model.get("playing")) start(); }], // last, so that it begins where a span or a time beside it says
+  ], () => telling);
   state.region = model.get("region"); state.span = model.get("span");
   video.addEventListener("loadeddata", () => { seekVideo(now()); dirty = true; });
   video.addEventListener("error", () => tell(`This browser cannot show the picture (H.264 in mp4): ${video.error?.message || "no decoder"}`));
@@ -331,7 +336,7 @@ function render({ model, el }) {
   root.avnb = { level: () => sound.level(), map: () => state.map, curves: () => state.curves.map((c) => ({ name: c.name, y: [...c.y] })), time: now, video };
   requestAnimationFrame(draw);
   if (model.get("playing")) start();
-  return () => { alive = false; unwatch(); sound.close(); video.pause(); URL.revokeObjectURL(url); for (const [k, f] of Object.entries(told)) model.off(`change:${k}`, f); };
+  return () => { alive = false; unwatch(); sound.close(); video.pause(); URL.revokeObjectURL(url); deaf(); };
 }
 
 export default { render };

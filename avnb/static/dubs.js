@@ -48,12 +48,11 @@ function render({ model, el }) {
     if (b) sound.decode(b).then((x) => (asked === message.track ? sound.start(x, () => 0, stop) : null)).catch((e) => { said.textContent = `This browser cannot play the sound: ${e.message}`; });
   };
   model.on("msg:custom", onMessage);
-  const told = { scene: stop, distances: show, means: show }; // another scene, whoever chose it: the old one's sound ends
-  for (const [k, f] of Object.entries(told)) model.on(`change:${k}`, f);
+  const deaf = hear(model, [["scene", stop], ["distances", show], ["means", show]]); // another scene, whoever chose it: the old one's sound ends
   ownKeys(root, { Escape: stop });
   root.avnb = { level: () => sound.level() };
   show(); root.dataset.drawn = "1";
-  return () => { sound.close(); movie.pause(); model.off("msg:custom", onMessage); for (const [k, f] of Object.entries(told)) model.off(`change:${k}`, f); };
+  return () => { sound.close(); movie.pause(); model.off("msg:custom", onMessage); deaf(); };
 }
 
 export default { render };

@@ -210,18 +210,17 @@ function render({ model, el }) {
   model.on("msg:custom", onMessage);
   const step = (way) => { const all = shown(); if (!all.length) return; const at = all.indexOf(model.get("chosen")); choose(all[(at + way + all.length) % all.length], false); };
   ownKeys(root, { ArrowLeft: () => step(-1), ArrowRight: () => step(1), space: () => { if (model.get("chosen") >= 0) ask(model.get("chosen")); }, Escape: () => { chooseCell(null); choose(-1, false); refresh(); } });
-  const told = {
+  const deaf = hear(model, Object.entries({
     facts: () => { facts = model.get("facts"); setCell(null); hush(); refresh(); }, xy: () => { xy = bytesOf(model.get("xy"), Float32Array); dirty = true; },
     protocol: () => { setCell(null); refresh(); }, split: () => { setCell(null); refresh(); }, colour_by: () => { if (!cellOf) picked = null; refresh(); },
     cell: () => { const cell = model.get("cell"); if ((cell ? cell.join("\t") : null) !== cellOf) { setCell(cell); refresh(); } },
     run: () => run.fill(model.get("runs").map((r) => [r, r]), model.get("run")), chosen: showChosen, neighbours: showChosen,
-  };
-  for (const [k, f] of Object.entries(told)) model.on(`change:${k}`, f);
+  }));
   const unwatch = onTheme(root, () => { ink = null; dirty = true; });
   film.hidden = true;
   root.avnb = { level: () => sound.level(), at: (i) => { const r = map.getBoundingClientRect(), [x, y] = box().at(i); return [r.left + x, r.top + y]; }, shown, film };
   requestAnimationFrame(draw);
-  return () => { alive = false; unwatch(); sound.close(); film.pause(); for (const u of urls.values()) URL.revokeObjectURL(u); model.off("msg:custom", onMessage); for (const [k, f] of Object.entries(told)) model.off(`change:${k}`, f); };
+  return () => { alive = false; unwatch(); sound.close(); film.pause(); for (const u of urls.values()) URL.revokeObjectURL(u); model.off("msg:custom", onMessage); deaf(); };
 }
 
 export default { render };

@@ -100,6 +100,15 @@ const speaker = () => {
   };
 };
 
+// What Python says, a message at a time. `told` is [name, what to do] in the order in which it is done: a message's own order is that of a Python set, by chance.
+const hear = (model, told, mine = () => false) => {
+  const said = new Set();
+  const word = () => { const all = new Set(said); said.clear(); for (const [k, f] of told) if (all.has(k)) f(all); };
+  const events = [...new Set(told.map(([k]) => k))].map((k) => [`change:${k}`, () => { if (mine()) return; if (!said.size) queueMicrotask(word); said.add(k); }]);
+  for (const [event, f] of events) model.on(event, f);
+  return () => { said.clear(); for (const [event, f] of events) model.off(event, f); };
+};
+
 // JupyterLab must not read keys that are meant for a browser.
 const ownKeys = (root, keys) => {
   root.dataset.lmSuppressShortcuts = "true";
