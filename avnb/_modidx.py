@@ -91,6 +91,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'avnb.attention._State._opaque': ('attention.html#_state._opaque', 'avnb/attention.py'),
                                 'avnb.attention._State._time': ('attention.html#_state._time', 'avnb/attention.py'),
                                 'avnb.attention._State._within': ('attention.html#_state._within', 'avnb/attention.py'),
+                                'avnb.attention._State.send_state': ('attention.html#_state.send_state', 'avnb/attention.py'),
                                 'avnb.attention._colours': ('attention.html#_colours', 'avnb/attention.py'),
                                 'avnb.attention._elsewhere': ('attention.html#_elsewhere', 'avnb/attention.py'),
                                 'avnb.attention._maps': ('attention.html#_maps', 'avnb/attention.py'),

@@ -152,16 +152,23 @@ def test_sound_plays_on(clip):
     until(clip, "root.avnb.time() > 2.2", seconds=20)
     assert clip.wait_python("b.playing and b.time_s > 1")
     assert js(clip, "window.starts.length") == 1
-    clip.python("b.span = (3., 7.9)"); until(clip, "root.avnb.time() > 3.5")
-    assert [3 <= x < 7.9 for x, in js(clip, "window.starts.slice(1)")] == [True]   # a span is heard from its begin, though Python chose it while the clip played
+    clip.python("b.span = (3., 7.9)"); until(clip, "!root.querySelector('.avnb-clear').hidden"); until(clip, "window.starts.length > 1 || root.avnb.time() > 6")
+    assert [3 <= x < 6 for x, in js(clip, "window.starts.slice(1)")] == [True]   # a span is heard from its begin, though Python chose it while the clip played
     part(clip, ".avnb-play").click()
     assert clip.wait_python("not b.playing")
+
+
+def stands(n, at):
+    "The clip stands at this time on both sides, and all that was on its way has come."
+    until(n, f"root.querySelector('.avnb-play').ariaLabel === 'play' && root.avnb.time() === {at!r} && Math.abs(root.avnb.video.currentTime - {at!r}) < .005"); n.page.wait_for_timeout(600)
+    page, there = js(n, "root.avnb.time()"), n.wait_python(f"b.time_s == {at!r} and not b.playing")
+    assert page == at and there and js(n, "root.avnb.time()") == at, (page, n.python("print(b.time_s, b.playing)"), js(n, "root.avnb.time()"))
 
 
 @needs_chromium
 def test_python_stops_it_where_it_says(clip):
     "What Python says last holds on both sides, though the page has a time of its own to tell when it stops."
-    for code in ("b.playing = False; b.time_s = 1.5", "b.time_s = 1.5; b.playing = False"):
+    for code in ("b.playing = False; b.time_s = 5.5", "b.time_s = 5.5; b.playing = False"):
         fresh(clip)
         clip.python("b.playing = True"); until(clip, "root.avnb.time() > .2")
         begun = time.monotonic()
@@ -169,12 +176,25 @@ def test_python_stops_it_where_it_says(clip):
         near = time.monotonic() - begun if code.endswith("False") else 1e-6   # it plays on from there until it is stopped
         clip.page.wait_for_timeout(600)                    # whatever is on its way has come
         page = js(clip, "root.avnb.time()")
-        assert -1e-6 < page - 1.5 < near and clip.wait_python(f"abs(b.time_s - {page!r}) < 1e-6"), (code, page, clip.python("print(b.time_s)"))
+        assert -1e-6 < page - 5.5 < near and clip.wait_python(f"abs(b.time_s - {page!r}) < 1e-6"), (code, page, clip.python("print(b.time_s)"))
     fresh(clip)
     clip.python("b.playing = True"); until(clip, "root.avnb.time() > .2")
-    clip.python("import time; time.sleep(1.7); b.playing = False; b.time_s = 5.")   # busy, while the page tells it the time
-    clip.page.wait_for_timeout(1000)
-    assert js(clip, "root.avnb.time()") == 5 and clip.wait_python("b.time_s == 5 and not b.playing")
+    clip.python("import time; time.sleep(1.7); b.playing = False; b.time_s = 5.; time.sleep(1.3)")   # busy, while the page tells it the time
+    stands(clip, 5.)
+    clip.python("b.time_s = 6.; b.time_s = 0.; b.time_s = 5.; b.time_s = 0.")
+    stands(clip, 0.)
+    clip.python("b.playing = True; b.time_s = 3."); until(clip, "root.avnb.time() > 3.6")
+    clip.python("b.playing = False"); until(clip, "root.querySelector('.avnb-play').ariaLabel === 'play'")
+    there = js(clip, "root.avnb.time()"); stands(clip, there)
+    clip.python("kept = b.time_s; b.time_s = 1."); clip.python("b.time_s = 2."); clip.python("b.time_s = kept")   # a time that the clock told may be said, too
+    stands(clip, there)
+    clip.python("for k in range(40): b.playing = k % 2 == 0\nb.opacity = .5")   # faster than the page answers
+    until(clip, "root.querySelector('.avnb-opacity input').value === '0.5'"); clip.page.wait_for_timeout(600)
+    assert js(clip, "root.querySelector('.avnb-play').ariaLabel") == "play" and clip.wait_python("not b.playing")
+    clip.python("b.time_s = 7.2; b.playing = True"); until(clip, "root.avnb.time() > 7.2 && root.avnb.time() < 8")
+    clip.python("time.sleep(2); b.playing = False; b.time_s = 0.; b.playing = True")   # the clip ended while Python was busy
+    until(clip, "root.avnb.time() > .8 && root.avnb.time() < 7")
+    assert js(clip, "root.querySelector('.avnb-play').ariaLabel") == "pause" and clip.wait_python("b.playing and b.time_s > .5")
 
 
 @needs_chromium
@@ -183,18 +203,30 @@ def test_one_message_is_one_word(clip, order):
     "What Python says in one message holds whole, whatever its order (ipywidgets holds a set) and however fast a clock ticks."
     def together(**said): clip.python("with b.hold_sync():\n    " + "\n    ".join(f"b.{k} = {v!r}" for k, v in said.items()) + f"\n    b._states_to_send.clear()\nb.send_state({list(said)[::order]})")
     def plays(at): clip.python("b.playing = True"); until(clip, f"root.avnb.time() > {at}")
-    def stands(at): until(clip, "root.querySelector('.avnb-play').ariaLabel === 'play'"); clip.page.wait_for_timeout(600); assert js(clip, "root.avnb.time()") == at and clip.wait_python(f"b.time_s == {at}")
     fresh(clip)
-    js(clip, "{ const now = performance.now.bind(performance); let k = 0; performance.now = () => now() + k++; window.untick = () => { performance.now = now; }; return true; }")
+    js(clip, "{ const now = performance.now.bind(performance); let k = 0; performance.now = () => now() + k++; window.untick = () => { const far = k; performance.now = () => now() + far; }; return true; }")
     try:
-        plays(.2); together(playing=False, time_s=1.5); stands(1.5)
-        together(span=(4., 5.), time_s=4.25); stands(4.25)
-        plays(4.3); together(playing=False, span=None, time_s=2.); stands(2.)
+        plays(.2); together(playing=False, time_s=1.5); stands(clip, 1.5)
+        together(span=(4., 5.), time_s=4.25); stands(clip, 4.25)
+        plays(4.3); together(playing=False, span=None, time_s=2.); stands(clip, 2.)
         together(playing=True, time_s=6.); until(clip, "root.avnb.time() > 6", seconds=4)
         clip.python("b.playing = False"); until(clip, "root.querySelector('.avnb-play').ariaLabel === 'play'")
         assert clip.wait_python("abs(b.time_s - %r) < 1e-6" % js(clip, "root.avnb.time()"))   # the page has told where it stopped, and will tell no more
         together(playing=True, span=(4., 5.)); until(clip, "root.avnb.time() > 4 && root.avnb.time() < 5", seconds=4)
     finally: js(clip, "window.untick()")
+
+
+@needs_chromium
+def test_another_widget_moves_it(clip):
+    "A slider that is linked in the page is another's word: it is not taken for an echo of the clip's own times."
+    fresh(clip)
+    clip.python("import ipywidgets; s = ipywidgets.FloatSlider(max=8., step=.001); link = ipywidgets.jslink((b, 'time_s'), (s, 'value'))")
+    part(clip, ".avnb-play").click(); until(clip, "root.avnb.time() > .8"); part(clip, ".avnb-play").click()
+    assert clip.wait_python("not b.playing and s.value > .7 and abs(s.value - b.time_s) < .01")
+    for t in (3., 0., 5., 3., 0.): clip.python(f"s.value = {t}"); stands(clip, t)
+    clip.python("b.time_s = 6."); stands(clip, 6.)
+    assert clip.wait_python("s.value == 6")
+    clip.python("link.unlink(); s.close()")
 
 
 @needs_chromium

@@ -87,7 +87,7 @@ function render({ model, el }) {
   const state = { t: clamp(model.get("time_s"), 0, dur), playing: false, shown: true, region: null, span: null, begun: 0, from: 0, hover: null, curves: [], still: true };
   const language = () => Math.max(0, languages.indexOf(model.get("language"))), head = () => model.get("head");
   const sound = speaker(), buffers = languages.map(() => null);
-  let dirty = true, ink = null, alive = true, lastSent = state.t, lastAsked = -1e9, lastSave = 0, drawn = false, telling = false;
+  let dirty = true, ink = null, alive = true, lastSave = 0, drawn = false, telling = false;
 
   // -- the parts
   const video = make("video", { class: "avnb-video", playsinline: true, preload: "auto", "aria-hidden": "true" });
@@ -122,15 +122,14 @@ function render({ model, el }) {
 
   // -- state that a person, the clock or Python changes
   const now = () => (state.playing ? state.from + (performance.now() - state.begun) / 1000 : state.t);
+  const last = {}; // what was told of each, until another says something else
   const send = (values) => { // what is set here is heard here, too: `hear` is for what Python says
     telling = true;
-    try { for (const [k, v] of Object.entries(values)) model.set(k, v); } finally { telling = false; }
-    if ("time_s" in values) { lastSent = values.time_s; lastSave = performance.now(); }
+    try { for (const [k, v] of Object.entries(values)) { if (model.get(k) !== v) last[k] = v; model.set(k, v); } } finally { telling = false; }
+    if ("time_s" in values) lastSave = performance.now();
     model.save_changes();
   };
-  const reported = [];
-  const report = (t) => { reported.push(t); if (reported.length > 64) reported.shift(); send({ time_s: t }); }; // the clock's word, which nobody asked for
-  const settle = (say) => setTimeout(() => { if (alive && !state.playing && state.t !== model.get("time_s")) say(state.t); }, 200);
+  const settle = () => setTimeout(() => { if (alive && !state.playing && state.t !== model.get("time_s")) send({ time_s: state.t }); }, 200);
   const token = (t) => clamp(Math.floor(t * hz + 1e-6), 0, maps.T - 1);
   const spanTokens = () => { const a = token(state.span[0]); return [a, clamp(Math.ceil(state.span[1] * hz - 1e-6), a + 1, maps.T)]; };
   const seekVideo = (t) => { if (Math.abs(video.currentTime - t) > 0.004) video.currentTime = Math.min(t, Math.max(0, (video.duration || dur) - 0.001)); };
@@ -154,7 +153,7 @@ function render({ model, el }) {
     state.t = clamp(now(), 0, dur); state.playing = false;
     video.pause(); seekVideo(state.t); sound.stop(); delete root.dataset.heard;
     // Python may be about to say where: `b.playing = False; b.time_s = 0.` are two messages, and an answer to the first would undo the second
-    if (told) settle(report); else send({ playing: false, time_s: state.t });
+    if (told) settle(); else send({ playing: false, time_s: state.t });
     refresh();
   };
   const jump = (t, final = true) => { // scrubbing: nothing goes to the kernel until the hand is lifted
@@ -164,6 +163,7 @@ function render({ model, el }) {
     if (final) send({ time_s: state.t });
     dirty = true;
   };
+  const go = (t) => { jump(t, false); seekVideo(state.t); if (state.playing) startSound(); }; // there, and nobody is told
   const setRegion = (r) => { state.region = r; recompute(); };
   const setSpan = (s) => { state.span = s; refresh(); };
   const clear = () => { state.region = state.span = null; send({ region: null, span: null }); recompute(); };
@@ -253,9 +253,9 @@ function render({ model, el }) {
     let t = now();
     if (state.playing) {
       const end = state.span ? state.span[1] : dur;
-      if (t >= end) { if (state.span) { jump(state.span[0]); t = state.t; } else { pause(); t = state.t = dur; send({ time_s: dur }); } }
+      if (t >= end) { if (state.span) { go(state.span[0]); t = state.t; } else { pause(); t = state.t = dur; send({ time_s: dur }); } }
       else if (Math.abs(video.currentTime - t) > 0.15 && !video.seeking) video.currentTime = t;
-      if (performance.now() - lastSave > 500) report(t);
+      if (performance.now() - lastSave > 500) send({ time_s: t });
       dirty = true;
     }
     if (!root.isConnected || !root.clientWidth || (!dirty && ink)) return; // a tab that is not looked at keeps its time, too
@@ -305,9 +305,12 @@ function render({ model, el }) {
   ownKeys(root, { space: () => play.onclick(), ArrowLeft: (e) => step(e, -1), ArrowRight: (e) => step(e, 1), Home: () => jump(0), End: () => jump(dur), h: () => eye.onclick(), Escape: clear });
 
   // -- Python
-  const go = (t) => { jump(t, false); if (state.playing) startSound(); };
+  const follow = () => { const t = model.get("time_s"); if (!state.playing || Math.abs(t - now()) > 0.1) go(t); }; // nearer than that another view or browser plays along
+  // A kernel that was busy hears what was told here after it has said something else, and sends it back. What it said holds, and it is told so.
+  const own = (k) => { const mine = last[k] === model.get(k); if (!mine) delete last[k]; return mine; };
+  const tellAgain = () => send({ playing: state.playing, time_s: clamp(now(), 0, dur) });
   const deaf = hear(model, [
-    ["playing", () => { if (!model.get("playing")) pause(true); }], // first, so that a time beside it is where it stands
+    ["_said_playing", () => { if (!model.get("playing")) pause(true); }], // first, so that a time beside it is where it stands
     ["region", () => { if (String(model.get("region")) !== String(state.region)) setRegion(model.get("region")); }],
     ["head", () => { headRow.show(head()); recompute(); }],
     ["language", () => { trackRow.show(model.get("language")); recompute(); if (state.playing) startSound(); }],
@@ -315,17 +318,12 @@ function render({ model, el }) {
     ["span", (all) => {
       if (String(model.get("span")) === String(state.span)) return;
       setSpan(model.get("span"));
-      if (state.span && !all.has("time_s")) { go(state.span[0]); settle((t) => send({ time_s: t })); }
+      if (state.span && !all.has("_said_time_s")) { go(state.span[0]); settle(); }
     }],
-    ["time_s", () => {
-      const t = model.get("time_s");
-      if (Math.abs(t - lastSent) <= 1e-3) return;
-      lastSent = t;
-      // a kernel that was busy hears the clock's word after it has said its own, and sends it back: its own holds
-      if (reported.includes(t) && performance.now() - lastAsked < 1000) setTimeout(() => { if (alive) report(clamp(now(), 0, dur)); });
-      else if (!state.playing || Math.abs(t - now()) > 0.1) { lastAsked = performance.now(); go(t); } // nearer than that: another view of this browser plays along
-    }],
-    ["playing", () => { if (model.get("playing")) start(); }], // last, so that it begins where a span or a time beside it says
+    ["_said_time_s", () => follow()],
+    ["time_s", (all) => { if (all.has("_said_time_s")) return; if (own("time_s")) tellAgain(); else follow(); }],
+    ["_said_playing", () => { if (model.get("playing")) start(); }], // last, so that it begins where a span or a time beside it says
+    ["playing", (all) => { if (all.has("_said_playing")) return; if (own("playing")) tellAgain(); else if (model.get("playing")) start(); else pause(true); }],
   ], () => telling);
   state.region = model.get("region"); state.span = model.get("span");
   video.addEventListener("loadeddata", () => { seekVideo(now()); dirty = true; });
