@@ -43,7 +43,7 @@ def look()->str:
 
 def _colours()->bytes: return (heat_colours(1.)(np.arange(513))*255).round().astype(np.uint8).tobytes()
 
-# %% ../nbs/60_attention.ipynb #7cfd8b1b
+# %% ../nbs/60_attention.ipynb #5a22d047
 class _State(anywidget.AnyWidget):
     "What can be read and set: where we are in the clip, and what is asked."
     time_s = T.Float(0.).tag(sync=True)                                          # seconds
@@ -56,14 +56,6 @@ class _State(anywidget.AnyWidget):
     first_draw = T.Float(0.).tag(sync=True)                                      # when the page first drew, seconds since 1970; 0 = not yet
     _said_time_s, _said_playing = T.Int(0).tag(sync=True), T.Int(0).tag(sync=True) # how often Python said so: see `send_state`
     facts, picture, sounds, heat, loud, colours = T.Dict().tag(sync=True), *(T.Bytes().tag(sync=True) for _ in range(5))
-
-    def send_state(self, key=None):
-        "Send what changed. A page hears its own words back from the kernel; by the counts `_said_...` it knows which are Python's."
-        names = list(self.keys if key is None else [key] if isinstance(key, str) else key)
-        counts = [f"_said_{k}" for k in ("time_s", "playing") if k in names]
-        with self.hold_trait_notifications():
-            for c in counts: self.set_trait(c, getattr(self, c) + 1)
-            if not str(key).startswith("_said"): super().send_state(list(dict.fromkeys(names + counts)))   # a count has gone with its word
 
     @T.validate("time_s")
     def _time(self, new): return min(max(new["value"], 0.), self.facts.get("dur_s", np.inf))
@@ -83,6 +75,16 @@ class _State(anywidget.AnyWidget):
         there = self.facts.get("languages", [value]) if name == "language" else ["all", *self.facts.get("heads", [value])]
         if value not in there: raise ValueError(f"{name}={value!r} is not in this clip; {nearest(value, there)}")
         return value
+
+# %% ../nbs/60_attention.ipynb #9f22baba
+@patch
+def send_state(self:_State, key=None):
+    "Send what changed. A page hears its own words back from the kernel; by the counts `_said_...` it knows which are Python's."
+    names = list(self.keys if key is None else [key] if isinstance(key, str) else key)
+    counts = [f"_said_{k}" for k in ("time_s", "playing") if k in names]
+    with self.hold_trait_notifications():
+        for c in counts: self.set_trait(c, getattr(self, c) + 1)
+        if not str(key).startswith("_said"): super(_State, self).send_state(names + counts)   # a count has gone with its word
 
 # %% ../nbs/60_attention.ipynb #ad5f159f
 class AttentionBrowser(_State):

@@ -84,7 +84,7 @@ const colourBar = (canvas, colours, vmax, opacity, ink) => {
 function render({ model, el }) {
   const facts = model.get("facts"), maps = new Maps(bytesOf(model.get("heat"), Int8Array), facts), colours = bytesOf(model.get("colours"));
   const loud = bytesOf(model.get("loud")), { languages, names, heads, dur_s: dur, token_hz: hz, vmax } = facts;
-  const state = { t: clamp(model.get("time_s"), 0, dur), playing: false, shown: true, region: null, span: null, begun: 0, from: 0, hover: null, curves: [], still: true };
+  const state = { t: clamp(model.get("time_s"), 0, dur), playing: false, shown: true, region: null, span: null, begun: 0, from: 0, curves: [] };
   const language = () => Math.max(0, languages.indexOf(model.get("language"))), head = () => model.get("head");
   const sound = speaker(), buffers = languages.map(() => null);
   let dirty = true, ink = null, alive = true, lastSave = 0, drawn = false, telling = false;
@@ -156,14 +156,13 @@ function render({ model, el }) {
     if (told) settle(); else send({ playing: false, time_s: state.t });
     refresh();
   };
-  const jump = (t, final = true) => { // scrubbing: nothing goes to the kernel until the hand is lifted
-    state.t = clamp(t, 0, dur);
-    if (state.playing) { state.from = state.t; state.begun = performance.now(); if (final) { seekVideo(state.t); startSound(); } }
-    if (!state.playing && (final || !video.seeking)) seekVideo(state.t);
-    if (final) send({ time_s: state.t });
-    dirty = true;
+  const put = (t) => {
+    state.t = clamp(t, 0, dur); dirty = true;
+    if (state.playing) { state.from = state.t; state.begun = performance.now(); }
   };
-  const go = (t) => { jump(t, false); seekVideo(state.t); if (state.playing) startSound(); }; // there, and nobody is told
+  const slide = (t) => { put(t); if (!state.playing && !video.seeking) seekVideo(state.t); }; // scrubbing: nothing goes to the kernel until the hand is lifted
+  const go = (t) => { put(t); seekVideo(state.t); if (state.playing) startSound(); }; // there, and nobody is told
+  const jump = (t) => { go(t); send({ time_s: state.t }); };
   const setRegion = (r) => { state.region = r; recompute(); };
   const setSpan = (s) => { state.span = s; refresh(); };
   const clear = () => { state.region = state.span = null; send({ region: null, span: null }); recompute(); };
@@ -278,7 +277,7 @@ function render({ model, el }) {
 
   // -- hands
   play.onclick = () => (state.playing ? pause() : start());
-  scrub.oninput = () => jump(+scrub.value, false);
+  scrub.oninput = () => slide(+scrub.value);
   scrub.onchange = () => jump(+scrub.value);
   opacity.oninput = () => { model.set("opacity", +opacity.value); state.themed = true; dirty = true; };
   opacity.onchange = () => model.save_changes();
@@ -298,7 +297,7 @@ function render({ model, el }) {
   stage.onpointermove = peek;
   dragging(stage, (e) => { from = inside(e, stage); stage.focus({ preventScroll: true }); setRegion(cell(from)); }, (e) => setRegion(reach(e)), (e) => { setRegion(reach(e)); send({ region: state.region }); });
   const timeAt = (e) => geometry().t(e.clientX - line.getBoundingClientRect().left);
-  dragging(line, (e) => { held = timeAt(e); line.focus({ preventScroll: true }); if (!state.playing) jump(held, false); },
+  dragging(line, (e) => { held = timeAt(e); line.focus({ preventScroll: true }); if (!state.playing) slide(held); },
     (e) => { const t = timeAt(e); if (Math.abs(t - held) > 0.015 * dur) setSpan([Math.min(t, held), Math.max(t, held)]); },
     (e) => { const t = timeAt(e), brushed = Math.abs(t - held) > 0.015 * dur; setSpan(brushed ? [Math.min(t, held), Math.max(t, held)] : null); send({ span: state.span }); jump(brushed ? state.span[0] : held); });
   const step = (e, way) => jump(now() + way * (e.shiftKey ? 1 : 0.1));
